@@ -1,0 +1,157 @@
+package v1alpha1
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/rogpeppe/go-internal/txtar"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport.dev/segment"
+)
+
+var update = flag.Bool("update", false, "write what is reported into the golden files")
+
+func testOptions() Options {
+	td := spiffeid.RequireTrustDomainFromString("example.org")
+	return Options{TrustDomain: td, Gateway: segment.Gateway{Name: "local", ID: spiffeid.RequireFromPath(td, "/edge")}}
+}
+
+// Each file of testdata/problems is some documents and all that is wrong with them.
+func TestProblems(t *testing.T) {
+	files, err := filepath.Glob("testdata/problems/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatal("no golden files", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
+			archive, err := txtar.ParseFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var docs []Document
+			for _, f := range archive.Files[:len(archive.Files)-1] {
+				docs = append(docs, Decode(f.Name, f.Data)...)
+			}
+			config, problems := Assemble(docs, testOptions())
+			if diff := cmp.Diff(segment.Config{}, config, same()...); len(problems) == 0 || diff != "" {
+				t.Errorf("%d problems, and a configuration: %s", len(problems), diff)
+			}
+			want := &archive.Files[len(archive.Files)-1]
+			var got strings.Builder
+			for _, p := range problems {
+				got.WriteString(p.Code + ": " + p.String() + "\n")
+				if p.Pos.Line == 0 {
+					t.Errorf("nobody can find this: %s", p)
+				}
+			}
+			if *update {
+				want.Data = []byte(got.String())
+				if err := os.WriteFile(file, txtar.Format(archive), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if diff := cmp.Diff(string(want.Data), got.String()); diff != "" {
+				t.Errorf("problems (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// same compares the types that hide what they hold.
+func same() []cmp.Option {
+	return []cmp.Option{
+		cmp.Comparer(func(a, b spiffeid.ID) bool { return a == b }),
+		cmp.Comparer(func(a, b spiffeid.TrustDomain) bool { return a == b }),
+		cmp.Comparer(func(a, b segment.Caller) bool { return a == b }),
+		cmp.Comparer(func(a, b segment.Gateway) bool { return a == b }),
+	}
+}
+
+func TestAssemble(t *testing.T) {
+	data, err := os.ReadFile("testdata/good.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, problems := Assemble(Decode("good.yaml", data), testOptions())
+	if problems != nil {
+		t.Fatal(problems)
+	}
+	id := func(s string) spiffeid.ID { return spiffeid.RequireFromString("spiffe://example.org/" + s) }
+	caller := func(s string) segment.Caller {
+		c, err := segment.ParseCaller(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	want := segment.Config{
+		TrustDomain: testOptions().TrustDomain,
+		Gateway:     testOptions().Gateway,
+		Endpoints: []segment.Endpoint{{
+			Name: "chat", Labels: map[string]string{"tier": "prod"}, Hostnames: []string{"chat.models.internal", "llm.internal"}, Protocol: segment.OpenAI,
+			Backends: []segment.Backend{
+				{Name: "far", Addresses: []segment.Address{{Host: "models.example.com", Port: 443}},
+					TLS: segment.BackendTLS{Mode: segment.TLSServer, ServerName: "models.example.com", CAFile: "/etc/ssl/certs/ca-certificates.crt"}},
+				{Name: "local", Addresses: []segment.Address{{Host: "127.0.0.1", Port: 8080}, {Host: "::1", Port: 8080}},
+					TLS: segment.BackendTLS{Mode: segment.TLSNone}},
+				{Name: "pinned", Addresses: []segment.Address{{Host: "10.0.0.9", Port: 8443}},
+					TLS: segment.BackendTLS{Mode: segment.TLSMutual, ID: id("model-server")}},
+			},
+			Models: []segment.Model{
+				{Name: "big", Backends: []segment.BackendName{"far", "local", "pinned"}},
+				{Name: "smollm2", Aliases: []string{"small", "tiny"}, Backends: []segment.BackendName{"local"}},
+			},
+		}, {
+			Name: "docs", Hostnames: []string{"docs.internal"}, Protocol: segment.Chroma,
+			Backends: []segment.Backend{{Name: "local", Addresses: []segment.Address{{Host: "localhost", Port: 8000}}, TLS: segment.BackendTLS{Mode: segment.TLSNone}}},
+			Database: segment.Database{Tenant: "default_tenant", Name: "hr"},
+		}},
+		Workloads: []segment.Workload{
+			{Name: "indexer", Labels: map[string]string{"team": "search"}, ID: id("indexer"), Selectors: []segment.Selector{{Type: "unix", Value: "user:indexer"}}},
+			{Name: "rag-app", Labels: map[string]string{"team": "search", "tier": "web"}, ID: id("rag-app"),
+				Selectors: []segment.Selector{{Type: "unix", Value: "path:/usr/bin/app"}, {Type: "unix", Value: "uid:1000"}}},
+		},
+		Grants: []segment.Grant{{
+			Name: "all", Effect: segment.Allow, Mode: segment.Enforce,
+			From: []segment.Caller{caller("spiffe://example.org/indexer"), caller("spiffe://example.org/ops/*"), caller("spiffe://example.org/rag-app"), caller("spiffe://partner.example/*")},
+			To: []segment.Target{
+				{Endpoint: "chat", Operations: []segment.Operation{segment.Embed, segment.Infer}, Resources: []segment.Pattern{"small", "smollm2"}},
+				{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"handbook", "public-*"}},
+			},
+			Expires: time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
+			Pos:     segment.Pos{File: "good.yaml", Line: 50, Column: 1},
+		}, {
+			Name: "not-payroll", Effect: segment.Deny, Mode: segment.Shadow,
+			From: []segment.Caller{caller("spiffe://example.org/rag-app")},
+			To:   []segment.Target{{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"*"}}},
+			Pos:  segment.Pos{File: "good.yaml", Line: 66, Column: 1},
+		}},
+	}
+	if diff := cmp.Diff(want, got, same()...); diff != "" {
+		t.Errorf("config (-want +got):\n%s", diff)
+	}
+}
+
+func TestNothingIsAConfiguration(t *testing.T) {
+	o := testOptions()
+	config, problems := Assemble(nil, o)
+	want := segment.Config{TrustDomain: o.TrustDomain, Gateway: o.Gateway}
+	if diff := cmp.Diff(want, config, same()...); problems != nil || diff != "" {
+		t.Errorf("problems %v, config %s", problems, diff)
+	}
+}
+
+// Documents that Decode did not make could have lost a Deny on their way.
+func TestNoConfigurationOfUnreadableDocuments(t *testing.T) {
+	for _, d := range []Document{{}, {Spec: &GrantSpec{}}, Unreadable(segment.Problem{Msg: "gone"})} {
+		if _, problems := Assemble([]Document{d}, testOptions()); len(problems) != 1 {
+			t.Errorf("%+v: problems %v", d, problems)
+		}
+	}
+}

@@ -1,0 +1,216 @@
+package v1alpha1
+
+import (
+	"cmp"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"sallyport.dev/segment"
+)
+
+// endpoint is an endpoint and what grants may name in it.
+type endpoint struct {
+	protocol segment.Protocol
+	models   []string // names and aliases; none: any model
+}
+
+func (a *assembler) endpoint(d *Document, spec *EndpointSpec) segment.Endpoint {
+	e := segment.Endpoint{
+		Name:      segment.EndpointName(d.Metadata.Name),
+		Labels:    d.Metadata.Labels,
+		Hostnames: a.hostnames(d, spec.Hostnames),
+		Protocol:  spec.Protocol,
+		Backends:  a.backends(d, spec.Backends),
+	}
+	known := &endpoint{protocol: spec.Protocol}
+	e.Models, known.models = a.models(d, spec, e.Backends)
+	e.Database = a.database(d, spec)
+	a.endpoints[d.Metadata.Name] = known
+	return e
+}
+
+func (a *assembler) hostnames(d *Document, written []string) []string {
+	var hosts []string
+	for i, host := range written {
+		at := fmt.Sprintf("spec.hostnames[%d]", i)
+		host = strings.ToLower(host)
+		if why := notDNS(host); why != "" {
+			a.report(d, "bad-hostname", at, fmt.Sprintf("is %q: %s", host, why), "write a DNS name, like chat.models.internal")
+			continue
+		}
+		if first, ok := a.hosts[host]; ok {
+			a.report(d, "duplicate-hostname", at, fmt.Sprintf("is %q, and that leads to an endpoint already", host),
+				fmt.Sprintf("the first is at %s", first))
+			continue
+		}
+		a.hosts[host] = d.Pos(at)
+		hosts = append(hosts, host)
+	}
+	slices.Sort(hosts)
+	return hosts
+}
+
+func (a *assembler) backends(d *Document, written []Backend) []segment.Backend {
+	var backends []segment.Backend
+	for i, w := range written {
+		at := fmt.Sprintf("spec.backends[%d]", i)
+		b := segment.Backend{Name: segment.BackendName(w.Name)}
+		if !isLabel(w.Name) {
+			a.report(d, "bad-name", at+".name", fmt.Sprintf("is %q", w.Name), labelHint)
+		}
+		if slices.ContainsFunc(backends, func(o segment.Backend) bool { return o.Name == b.Name }) {
+			a.report(d, "duplicate-name", at+".name", fmt.Sprintf("is %q, the name of another backend", w.Name), "give each its own name")
+		}
+		for j, s := range w.Addresses {
+			address, why := parseAddress(s)
+			switch {
+			case why != "":
+				a.report(d, "bad-address", fmt.Sprintf("%s.addresses[%d]", at, j), fmt.Sprintf("is %q: %s", s, why),
+					"write host:port, like 127.0.0.1:8080, [::1]:8080 or model.internal:443")
+			case slices.Contains(b.Addresses, address):
+				a.report(d, "duplicate-address", fmt.Sprintf("%s.addresses[%d]", at, j), fmt.Sprintf("is %q, which stands here already", s), "keep one of the two")
+			default:
+				b.Addresses = append(b.Addresses, address)
+			}
+		}
+		slices.SortFunc(b.Addresses, func(a, b segment.Address) int {
+			return cmp.Or(cmp.Compare(a.Host, b.Host), cmp.Compare(a.Port, b.Port))
+		})
+		b.TLS = a.tls(d, at+".tls", w.TLS, b.Addresses)
+		backends = append(backends, b)
+	}
+	slices.SortFunc(backends, func(a, b segment.Backend) int { return cmp.Compare(a.Name, b.Name) })
+	return backends
+}
+
+// tls checks how a backend is spoken to. Nothing is sent in clear text over a network, and no certificate is
+// believed that nothing is pinned to.
+func (a *assembler) tls(d *Document, at string, w TLS, addresses []segment.Address) segment.BackendTLS {
+	tls := segment.BackendTLS{Mode: w.Mode}
+	for _, f := range []struct {
+		name, value string
+		mode        segment.TLSMode
+	}{
+		{"serverName", w.ServerName, segment.TLSServer}, {"caFile", w.CAFile, segment.TLSServer}, {"spiffeID", w.SPIFFEID, segment.TLSMutual},
+	} {
+		if f.value != "" && f.mode != w.Mode {
+			a.report(d, "not-in-mode", at+"."+f.name, fmt.Sprintf("means nothing in mode %s", w.Mode),
+				fmt.Sprintf("leave it out, or set mode: %s", f.mode))
+		}
+	}
+	switch w.Mode {
+	case segment.TLSNone:
+		for _, address := range addresses {
+			if !isLoopback(address.Host) {
+				a.report(d, "plain-text", at+".mode", fmt.Sprintf("is None, and %s is on a network", address.Host),
+					"set mode: Server or mode: Mutual; None is for loopback addresses")
+			}
+		}
+	case segment.TLSServer:
+		tls.ServerName, tls.CAFile = strings.ToLower(w.ServerName), w.CAFile
+		if tls.ServerName == "" {
+			tls.ServerName = onlyName(addresses)
+		}
+		switch why := notDNS(tls.ServerName); {
+		case tls.ServerName == "":
+			a.report(d, "missing-field", at+".serverName", "is missing, and does not follow from the addresses",
+				"write the DNS name that the server's certificate has")
+		case why != "":
+			a.report(d, "bad-hostname", at+".serverName", fmt.Sprintf("is %q: %s", w.ServerName, why),
+				"write the DNS name that the server's certificate has")
+		}
+		switch {
+		case w.CAFile == "":
+			a.report(d, "missing-field", at+".caFile", "is missing", "for public certificates it is /etc/ssl/certs/ca-certificates.crt on most systems")
+		case !path.IsAbs(w.CAFile) || path.Clean(w.CAFile) != w.CAFile:
+			a.report(d, "bad-value", at+".caFile", fmt.Sprintf("is %q", w.CAFile), "write an absolute path without . and .. in it")
+		}
+	case segment.TLSMutual:
+		if w.SPIFFEID == "" {
+			a.report(d, "missing-field", at+".spiffeID", "is missing", "write the SPIFFE ID that the server must have")
+			break
+		}
+		tls.ID = a.workloadID(d, at+".spiffeID", w.SPIFFEID)
+	}
+	return tls
+}
+
+// onlyName returns the DNS name of the addresses, if it is one and the same.
+func onlyName(addresses []segment.Address) string {
+	for _, address := range addresses {
+		if address.Host != addresses[0].Host || notDNS(address.Host) != "" {
+			return ""
+		}
+	}
+	if len(addresses) == 0 {
+		return ""
+	}
+	return addresses[0].Host
+}
+
+// models returns the models, and all names that lead to one.
+func (a *assembler) models(d *Document, spec *EndpointSpec, backends []segment.Backend) ([]segment.Model, []string) {
+	if len(spec.Models) > 0 && spec.Protocol != segment.OpenAI {
+		a.report(d, "not-in-protocol", "spec.models", fmt.Sprintf("means nothing in protocol %s", spec.Protocol), "leave it out")
+	}
+	var all []segment.BackendName
+	for _, b := range backends {
+		all = append(all, b.Name)
+	}
+	var models []segment.Model
+	var names []string
+	for i, w := range spec.Models {
+		at := fmt.Sprintf("spec.models[%d]", i)
+		name := func(at, name string) {
+			switch {
+			case strings.Contains(name, "*"):
+				a.report(d, "bad-name", at, fmt.Sprintf("is %q", name), "a model name has no * in it")
+			case slices.Contains(names, name):
+				a.report(d, "duplicate-name", at, fmt.Sprintf("is %q, the name of another model", name), "keep one of the two")
+			}
+			names = append(names, name)
+		}
+		name(at+".name", w.Name)
+		m := segment.Model{Name: w.Name, Aliases: slices.Sorted(slices.Values(w.Aliases))}
+		for j, alias := range w.Aliases {
+			name(fmt.Sprintf("%s.aliases[%d]", at, j), alias)
+		}
+		for j, backend := range w.Backends {
+			if !slices.Contains(all, segment.BackendName(backend)) {
+				a.missing(d, fmt.Sprintf("%s.backends[%d]", at, j), "backend", backend, slices.Values(texts(all)))
+			}
+			m.Backends = append(m.Backends, segment.BackendName(backend))
+		}
+		if len(m.Backends) == 0 {
+			m.Backends = slices.Clone(all)
+		}
+		slices.Sort(m.Backends)
+		m.Backends = slices.Compact(m.Backends)
+		models = append(models, m)
+	}
+	slices.SortFunc(models, func(a, b segment.Model) int { return cmp.Compare(a.Name, b.Name) })
+	return models, names
+}
+
+func (a *assembler) database(d *Document, spec *EndpointSpec) segment.Database {
+	if spec.Protocol != segment.Chroma {
+		if spec.Database != nil {
+			a.report(d, "not-in-protocol", "spec.database", fmt.Sprintf("means nothing in protocol %s", spec.Protocol), "leave it out")
+		}
+		return segment.Database{}
+	}
+	var w Database
+	if spec.Database != nil {
+		w = *spec.Database
+	}
+	db := segment.Database{Tenant: cmp.Or(w.Tenant, "default_tenant"), Name: cmp.Or(w.Name, "default_database")}
+	for _, f := range [][2]string{{"tenant", db.Tenant}, {"name", db.Name}} {
+		// It becomes a segment of a path, and two spellings of one path would be two answers to one question.
+		if strings.Trim(f[1], nameLetters) != "" || strings.Trim(f[1], ".") == "" {
+			a.report(d, "bad-name", "spec.database."+f[0], fmt.Sprintf("is %q", f[1]), "use letters, digits, dots, dashes and underscores")
+		}
+	}
+	return db
+}

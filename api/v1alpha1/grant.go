@@ -1,0 +1,164 @@
+package v1alpha1
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport.dev/segment"
+)
+
+func (a *assembler) grant(d *Document, spec *GrantSpec) segment.Grant {
+	g := segment.Grant{
+		Name:   segment.GrantName(d.Metadata.Name),
+		Effect: cmp.Or(spec.Effect, segment.Allow),
+		Mode:   cmp.Or(spec.Mode, segment.Enforce),
+		Pos:    d.Pos(""),
+	}
+	if spec.Expires != nil {
+		g.Expires = *spec.Expires
+	}
+	for i := range spec.From {
+		g.From = append(g.From, a.callers(d, i, &spec.From[i])...)
+	}
+	slices.SortFunc(g.From, func(a, b segment.Caller) int { return cmp.Compare(a.String(), b.String()) })
+	g.From = slices.Compact(g.From)
+	for i := range spec.To {
+		g.To = append(g.To, a.target(d, i, &spec.To[i]))
+	}
+	slices.SortFunc(g.To, func(a, b segment.Target) int {
+		return cmp.Or(cmp.Compare(a.Endpoint, b.Endpoint), slices.Compare(a.Operations, b.Operations), slices.Compare(a.Resources, b.Resources))
+	})
+	return g
+}
+
+// callers resolves one entry of spec.from.
+func (a *assembler) callers(d *Document, i int, from *From) []segment.Caller {
+	at := func(field string) string { return fmt.Sprintf("spec.from[%d]%s", i, field) }
+	written := 0
+	for _, there := range []bool{from.Workload != "", from.WorkloadSelector != nil, from.SPIFFEID != "", from.TrustDomain != ""} {
+		if there {
+			written++
+		}
+	}
+	if written != 1 {
+		a.report(d, "not-one-of", at(""), fmt.Sprintf("names callers in %d ways, and must name them in one", written),
+			"write one of workload, workloadSelector, spiffeID and trustDomain, and the next in an item of its own")
+		return nil
+	}
+	switch {
+	case from.Workload != "":
+		w, ok := a.workloads[from.Workload]
+		if !ok && !a.blind {
+			a.missing(d, at(".workload"), "workload", from.Workload, maps.Keys(a.workloads))
+		}
+		if w == nil {
+			return nil
+		}
+		return []segment.Caller{segment.CallerID(w.ID)}
+	case from.WorkloadSelector != nil:
+		var callers []segment.Caller
+		for _, w := range a.matching(from.WorkloadSelector.MatchLabels) {
+			callers = append(callers, segment.CallerID(w.ID))
+		}
+		if len(callers) == 0 && !a.blind && !a.unlabelled {
+			a.report(d, "matches-nothing", at(".workloadSelector"), "matches no workload",
+				"give a workload these labels, or leave the item out")
+		}
+		return callers
+	case from.SPIFFEID != "":
+		caller, err := segment.ParseCaller(from.SPIFFEID)
+		switch {
+		case err != nil:
+			a.report(d, "bad-spiffe-id", at(".spiffeID"), fmt.Sprintf("is %q: %s", from.SPIFFEID, err),
+				spiffeHint+`, with "/*" behind it for all below`)
+		case caller.String() == caller.TrustDomain().IDString():
+			a.report(d, "bad-spiffe-id", at(".spiffeID"), fmt.Sprintf("is %q, which is nobody", from.SPIFFEID),
+				fmt.Sprintf("for everyone in it write trustDomain: %s", caller.TrustDomain().Name()))
+		}
+		return []segment.Caller{caller}
+	default:
+		td, err := spiffeid.TrustDomainFromString(from.TrustDomain)
+		if err != nil || td.Name() != from.TrustDomain {
+			a.report(d, "bad-trust-domain", at(".trustDomain"), fmt.Sprintf("is %q", from.TrustDomain),
+				"write the name alone, in lower case, like example.org")
+		}
+		return []segment.Caller{segment.CallersIn(td)}
+	}
+}
+
+// target resolves one entry of spec.to.
+func (a *assembler) target(d *Document, i int, to *To) segment.Target {
+	at := func(field string, j int) string { return fmt.Sprintf("spec.to[%d].%s[%d]", i, field, j) }
+	t := segment.Target{Endpoint: segment.EndpointName(to.Endpoint), Operations: sortedSet(to.Operations)}
+	e, ok := a.endpoints[to.Endpoint]
+	if !ok && !a.blind {
+		a.missing(d, fmt.Sprintf("spec.to[%d].endpoint", i), "endpoint", to.Endpoint, maps.Keys(a.endpoints))
+	}
+	if e != nil {
+		known := e.protocol.Operations()
+		for j, o := range to.Operations {
+			if !slices.Contains(known, o) {
+				a.report(d, "unknown-operation", at("operations", j),
+					fmt.Sprintf("is %q, and endpoint %q speaks %s, which has no such operation", o, to.Endpoint, e.protocol),
+					fmt.Sprintf("%s has %s", e.protocol, list(known)))
+			}
+		}
+	}
+	for j, r := range to.Resources {
+		p := segment.Pattern(r)
+		switch {
+		case strings.Contains(p.Stem(), "*"):
+			a.report(d, "bad-pattern", at("resources", j), fmt.Sprintf("is %q", r), "* stands for the rest of a name, and only at its end")
+		case e != nil && len(e.models) > 0 && r != "*" && !slices.ContainsFunc(e.models, p.Matches):
+			a.missing(d, at("resources", j), "model", r, slices.Values(e.models))
+		}
+		t.Resources = append(t.Resources, p)
+	}
+	t.Resources = sortedSet(t.Resources)
+	return t
+}
+
+func sortedSet[T cmp.Ordered](values []T) []T {
+	return slices.Compact(slices.Sorted(slices.Values(values)))
+}
+
+type label struct{ key, value string }
+
+// index makes all workloads known to the grants.
+func (a *assembler) index(workloads []segment.Workload) {
+	for i := range workloads {
+		w := &workloads[i]
+		a.workloads[string(w.Name)] = w
+		for key, value := range w.Labels {
+			a.labelled[label{key, value}] = append(a.labelled[label{key, value}], w)
+		}
+	}
+}
+
+// matching returns all workloads that have all of the labels; without labels, none.
+func (a *assembler) matching(labels map[string]string) []*segment.Workload {
+	var fewest []*segment.Workload
+	first := true
+	for key, value := range labels {
+		if with := a.labelled[label{key, value}]; first || len(with) < len(fewest) {
+			fewest, first = with, false
+		}
+	}
+	var all []*segment.Workload
+	for _, w := range fewest {
+		matches := true
+		for key, value := range labels {
+			found, ok := w.Labels[key]
+			matches = matches && ok && found == value
+		}
+		if matches {
+			all = append(all, w)
+		}
+	}
+	return all
+}

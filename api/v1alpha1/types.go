@@ -1,0 +1,111 @@
+// Package v1alpha1 is the documents of group sallyport.dev/v1alpha1 as users write them, and what they mean
+// together: Decode reads YAML or JSON into documents, Assemble makes one segment.Config of all of them.
+//
+// It is for whatever brings documents (files, the Kubernetes API) and for whoever checks them offline. It is
+// strict: what it does not know it refuses, so that no field is ever accepted and ignored. It is pure: it opens
+// no file and reads no clock. It never returns a part of a configuration: all problems of all documents are
+// reported at once, and as long as there is one there is no configuration.
+//
+// A field without ",omitempty" is required. Nothing that is written may be empty.
+package v1alpha1
+
+import (
+	"time"
+
+	"sallyport.dev/segment"
+)
+
+// APIVersion is the group and version of a document.
+type APIVersion string
+
+// Version is the only version so far.
+const Version APIVersion = "sallyport.dev/v1alpha1"
+
+// Kind is what a document describes.
+type Kind string
+
+// The kinds that are read; see EndpointSpec, WorkloadSpec and GrantSpec.
+const (
+	KindEndpoint Kind = "Endpoint"
+	KindWorkload Kind = "Workload"
+	KindGrant    Kind = "Grant"
+)
+
+// Metadata names a document, as in Kubernetes.
+type Metadata struct {
+	Name        string            `json:"name"` // DNS-1123 label, unique for its kind
+	Labels      map[string]string `json:"labels,omitempty"`
+	Annotations map[string]string `json:"annotations,omitempty"` // kept, without meaning
+}
+
+// EndpointSpec is a protected API; see segment.Endpoint.
+type EndpointSpec struct {
+	Hostnames []string         `json:"hostnames"` // DNS names, in any case
+	Protocol  segment.Protocol `json:"protocol"`
+	Backends  []Backend        `json:"backends"`
+	Models    []Model          `json:"models,omitempty"`   // OpenAI only; none: every model on every backend
+	Database  *Database        `json:"database,omitempty"` // Chroma only
+}
+
+// Backend is one pool of equal servers.
+type Backend struct {
+	Name      string   `json:"name"`
+	Addresses []string `json:"addresses"` // "host:port", "[2001:db8::1]:port"
+	TLS       TLS      `json:"tls"`
+}
+
+// TLS says how a gateway speaks to a backend. A field that does not belong to the mode is refused.
+type TLS struct {
+	Mode       segment.TLSMode `json:"mode"`                 // None only for loopback addresses
+	ServerName string          `json:"serverName,omitempty"` // Server; default: the one DNS name of the addresses
+	CAFile     string          `json:"caFile,omitempty"`     // Server, required: path of a PEM bundle on the gateway
+	SPIFFEID   string          `json:"spiffeID,omitempty"`   // Mutual, required
+}
+
+// Model is a model and who serves it.
+type Model struct {
+	Name     string   `json:"name"`
+	Aliases  []string `json:"aliases,omitempty"`
+	Backends []string `json:"backends,omitempty"` // default: all
+}
+
+// Database is where collections live.
+type Database struct {
+	Tenant string `json:"tenant,omitempty"` // default: default_tenant
+	Name   string `json:"name,omitempty"`   // default: default_database
+}
+
+// WorkloadSpec is who may hold an identity; see segment.Workload.
+type WorkloadSpec struct {
+	SPIFFEID  string   `json:"spiffeID"`
+	Selectors []string `json:"selectors"` // "unix:uid:1000"; all must hold
+}
+
+// GrantSpec says what some callers may do; see segment.Grant.
+type GrantSpec struct {
+	Effect  segment.Effect `json:"effect,omitempty"` // default: Allow
+	Mode    segment.Mode   `json:"mode,omitempty"`   // default: Enforce
+	From    []From         `json:"from"`
+	To      []To           `json:"to"`
+	Expires *time.Time     `json:"expires,omitempty"` // RFC 3339; from this moment on the grant does not hold
+}
+
+// From is some callers, by exactly one of its fields.
+type From struct {
+	Workload         string            `json:"workload,omitempty"`
+	WorkloadSelector *WorkloadSelector `json:"workloadSelector,omitempty"`
+	SPIFFEID         string            `json:"spiffeID,omitempty"`    // exact, or with a trailing "/*"
+	TrustDomain      string            `json:"trustDomain,omitempty"` // "example.org": everyone in it
+}
+
+// WorkloadSelector is all workloads that have all of these labels.
+type WorkloadSelector struct {
+	MatchLabels map[string]string `json:"matchLabels"`
+}
+
+// To is operations on resources of one endpoint.
+type To struct {
+	Endpoint   string              `json:"endpoint"`
+	Operations []segment.Operation `json:"operations"`
+	Resources  []string            `json:"resources"` // names, or beginnings of names with a trailing "*"
+}

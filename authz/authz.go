@@ -1,0 +1,95 @@
+// Package authz is the policy: it compiles grants into tables of exact and prefix look-ups, decides requests with
+// them, and explains the decisions.
+//
+// It is for the lowering to Envoy, which enforces the same tables, and for everything that has to know in advance
+// or afterwards what Envoy decides. It holds no clock: time is a parameter. It never does IO, and everything that
+// it has not been told is denied.
+package authz
+
+import (
+	"time"
+
+	"sallyport.dev/segment"
+)
+
+// Rule names what decided: "grant/NAME", or DefaultDeny.
+type Rule string
+
+// DefaultDeny is the rule that denies what no grant allows.
+const DefaultDeny Rule = "default-deny"
+
+// RuleOf names a grant as the rule that decides.
+func RuleOf(g segment.GrantName) Rule { return Rule("grant/" + g) }
+
+// Request is one question to the policy.
+type Request struct {
+	Caller    string // the caller's SPIFFE ID, as its certificate has it
+	Endpoint  segment.EndpointName
+	Operation segment.Operation
+	Resource  string // empty for Enter
+}
+
+// Decision is the answer. The zero value denies, but without a rule; Decide always names one.
+type Decision struct {
+	Allowed bool
+	Rule    Rule
+	// What the answer would be if every grant in Shadow mode were enforced.
+	ShadowAllowed bool
+	ShadowRule    Rule
+}
+
+// Policy is the compiled form of a configuration's grants at one moment. It is immutable.
+type Policy struct {
+	Endpoints map[segment.EndpointName]*Endpoint
+	// NextChange is when time alone changes the policy: the first expiry after the moment of compilation; zero: never.
+	NextChange time.Time
+}
+
+// Endpoint is the policy of one endpoint. A caller's class is that of its exact entry, else of the longest entry
+// that is a prefix, else none. The class of a longer entry already holds all that shorter ones give and take.
+type Endpoint struct {
+	Members Table[*Class]
+	Classes []*Class // distinct, sorted by ID
+	// Shadowed says whether any grant in Shadow mode speaks about this endpoint.
+	Shadowed bool
+}
+
+// Class is what a set of callers may do at one endpoint: all callers with the same rights by the same rules.
+type Class struct {
+	ID       string // digest of its content
+	Enforced Rights
+	Shadow   Rights // as if all grants in Shadow mode were enforced; equal to Enforced where there is none
+}
+
+// Rights maps operations to what is decided about resources. Operations that are missing are denied.
+type Rights map[segment.Operation]Table[Leaf]
+
+// Leaf is one decision and what it is named after.
+type Leaf struct {
+	Allowed bool
+	Rule    Rule
+}
+
+// Lookup decides operation × resource.
+func (r Rights) Lookup(op segment.Operation, resource string) Leaf {
+	if leaf, ok := r[op].Lookup(resource); ok {
+		return leaf
+	}
+	return Leaf{Rule: DefaultDeny}
+}
+
+// Decide answers a request from the compiled policy, by the very look-ups that Envoy does.
+func Decide(p *Policy, r Request) Decision {
+	denied := Decision{Rule: DefaultDeny, ShadowRule: DefaultDeny}
+	endpoint := p.Endpoints[r.Endpoint]
+	if endpoint == nil {
+		return denied
+	}
+	class, ok := endpoint.Members.Lookup(r.Caller)
+	if !ok {
+		return denied
+	}
+	enforced := class.Enforced.Lookup(r.Operation, r.Resource)
+	shadow := class.Shadow.Lookup(r.Operation, r.Resource)
+	return Decision{enforced.Allowed, enforced.Rule, shadow.Allowed, shadow.Rule}
+}

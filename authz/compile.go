@@ -1,0 +1,248 @@
+package authz
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"sallyport.dev/segment"
+)
+
+// Compile makes the policy of a configuration at the moment now. It assumes that the configuration is valid; what
+// it cannot place it leaves out, which denies it.
+//
+// The idea: a request falls to the most specific pattern that covers its caller, and there to the most specific
+// pattern that covers its resource. So it is enough to decide once at each pattern that some grant names, taking
+// all grants into account that cover this pattern; nothing is searched or compared when a request comes. Cost and
+// size are the number of patterns, not of grants × callers × resources.
+func Compile(cfg *segment.Config, now time.Time) *Policy {
+	p := &Policy{Endpoints: make(map[segment.EndpointName]*Endpoint, len(cfg.Endpoints))}
+	compilers := make(map[segment.EndpointName]*compiler, len(cfg.Endpoints))
+	for i := range cfg.Endpoints {
+		e := &cfg.Endpoints[i]
+		compilers[e.Name] = newCompiler(e)
+	}
+	for i := range cfg.Grants {
+		g := &cfg.Grants[i]
+		if !g.Expires.IsZero() {
+			if !now.Before(g.Expires) {
+				continue
+			}
+			if p.NextChange.IsZero() || g.Expires.Before(p.NextChange) {
+				p.NextChange = g.Expires
+			}
+		}
+		for _, to := range g.To {
+			if c := compilers[to.Endpoint]; c != nil {
+				c.add(g, to)
+			}
+		}
+	}
+	for name, c := range compilers {
+		p.Endpoints[name] = c.compile()
+	}
+	return p
+}
+
+// statement is one grant's word about one endpoint. A grant that names the endpoint twice makes two.
+type statement struct {
+	rule       Rule
+	deny       bool
+	shadow     bool
+	operations []segment.Operation
+	resources  []segment.Pattern
+}
+
+type compiler struct {
+	models     []string // the only resources there are; nil: unknown
+	operations []segment.Operation
+	statements []statement                // in the order of the grants' names
+	about      map[segment.Pattern][]int // caller → the statements that name it
+	classes    map[string]*Class          // by the statements that it is made from
+	shadowed   bool
+}
+
+func newCompiler(e *segment.Endpoint) *compiler {
+	c := &compiler{
+		operations: e.Protocol.Operations(),
+		about:      map[segment.Pattern][]int{},
+		classes:    map[string]*Class{},
+	}
+	for _, m := range e.Models {
+		c.models = append(append(c.models, m.Name), m.Aliases...)
+	}
+	return c
+}
+
+func (c *compiler) add(g *segment.Grant, to segment.Target) {
+	n := len(c.statements)
+	c.statements = append(c.statements, statement{
+		rule:       RuleOf(g.Name),
+		deny:       g.Effect != segment.Allow,
+		shadow:     g.Mode != segment.Enforce,
+		operations: to.Operations,
+		resources:  c.known(to.Resources),
+	})
+	c.shadowed = c.shadowed || g.Mode != segment.Enforce
+	for _, from := range g.From {
+		if named := c.about[from.Pattern()]; len(named) == 0 || named[len(named)-1] != n {
+			c.about[from.Pattern()] = append(named, n)
+		}
+	}
+}
+
+// known spells patterns out where all resources are known, so that nothing is granted that no backend serves.
+func (c *compiler) known(patterns []segment.Pattern) []segment.Pattern {
+	if c.models == nil {
+		return patterns
+	}
+	var names []segment.Pattern
+	for _, m := range c.models {
+		if slices.ContainsFunc(patterns, func(p segment.Pattern) bool { return p.Matches(m) }) {
+			names = append(names, segment.Pattern(m))
+		}
+	}
+	return names
+}
+
+func (c *compiler) compile() *Endpoint {
+	e := &Endpoint{Shadowed: c.shadowed}
+	members := make(map[segment.Pattern]*Class, len(c.about))
+	distinct := map[string]*Class{}
+	for caller := range c.about {
+		class := c.class(caller)
+		if same := distinct[class.ID]; same != nil {
+			class = same
+		}
+		distinct[class.ID] = class
+		members[caller] = class
+	}
+	e.Members = NewTable(members)
+	e.Classes = slices.SortedFunc(maps.Values(distinct), func(a, b *Class) int { return cmp.Compare(a.ID, b.ID) })
+	return e
+}
+
+// class returns the class of everybody who falls to this caller pattern.
+func (c *compiler) class(caller segment.Pattern) *Class {
+	covering := slices.Clone(c.about[caller])
+	stem := caller.Stem()
+	for i := range len(stem) { // the shorter prefixes: "spiffe://td/a/*", "spiffe://td/*"
+		if stem[i] == '/' && i+1 < len(stem) {
+			covering = append(covering, c.about[segment.Pattern(stem[:i+1]+"*")]...)
+		}
+	}
+	slices.Sort(covering)
+	covering = slices.Compact(covering)
+	key := fmt.Sprint(covering)
+	if class := c.classes[key]; class != nil {
+		return class
+	}
+	statements := make([]*statement, len(covering))
+	enforced := make([]*statement, 0, len(covering))
+	for i, n := range covering {
+		statements[i] = &c.statements[n]
+		if !statements[i].shadow {
+			enforced = append(enforced, statements[i])
+		}
+	}
+	class := &Class{Enforced: c.rights(enforced)}
+	class.Shadow = class.Enforced
+	if len(enforced) != len(statements) {
+		class.Shadow = c.rights(statements)
+	}
+	class.ID = digest(class)
+	c.classes[key] = class
+	return class
+}
+
+func (c *compiler) rights(statements []*statement) Rights {
+	rights := Rights{}
+	everywhere := map[segment.Pattern]bool{}
+	for _, op := range c.operations {
+		points := map[segment.Pattern]Leaf{}
+		for _, s := range statements {
+			if slices.Contains(s.operations, op) {
+				for _, p := range s.resources {
+					points[p] = Leaf{}
+					everywhere[p] = true
+				}
+			}
+		}
+		if len(points) == 0 {
+			continue
+		}
+		for p := range points {
+			points[p] = decideAt(statements, op, p)
+		}
+		rights[op] = NewTable(points)
+	}
+	if len(everywhere) == 0 {
+		return rights
+	}
+	discover := make(map[segment.Pattern]Leaf, len(everywhere))
+	enter := Leaf{Rule: DefaultDeny}
+	for _, p := range slices.Sorted(maps.Keys(everywhere)) {
+		discover[p] = c.implied(statements, p)
+		if discover[p].Allowed && !enter.Allowed {
+			enter = discover[p]
+		}
+	}
+	rights[segment.Discover] = NewTable(discover)
+	if enter.Allowed {
+		rights[segment.Enter] = NewTable(map[segment.Pattern]Leaf{"": enter})
+	}
+	return rights
+}
+
+// decideAt decides about all names that fall to the pattern p: a Deny that covers it, else an Allow, else nothing.
+func decideAt(statements []*statement, op segment.Operation, p segment.Pattern) Leaf {
+	leaf := Leaf{Rule: DefaultDeny}
+	for _, s := range statements {
+		if !slices.Contains(s.operations, op) || !slices.ContainsFunc(s.resources, func(q segment.Pattern) bool { return q.Covers(p) }) {
+			continue
+		}
+		if s.deny {
+			return Leaf{Rule: s.rule}
+		}
+		if !leaf.Allowed {
+			leaf = Leaf{Allowed: true, Rule: s.rule}
+		}
+	}
+	return leaf
+}
+
+// implied decides about Discover: allowed where any operation is.
+func (c *compiler) implied(statements []*statement, p segment.Pattern) Leaf {
+	denied := Leaf{Rule: DefaultDeny}
+	for _, op := range c.operations {
+		leaf := decideAt(statements, op, p)
+		if leaf.Allowed {
+			return leaf
+		}
+		if denied.Rule == DefaultDeny {
+			denied = leaf
+		}
+	}
+	return denied
+}
+
+func digest(class *Class) string {
+	h := sha256.New()
+	for _, rights := range []Rights{class.Enforced, class.Shadow} {
+		for _, op := range slices.Sorted(maps.Keys(rights)) {
+			for p, leaf := range rights[op].All() {
+				var b strings.Builder
+				fmt.Fprintf(&b, "%s %q %t %s\n", op, p, leaf.Allowed, leaf.Rule)
+				io.WriteString(h, b.String())
+			}
+		}
+		io.WriteString(h, "--\n")
+	}
+	return hex.EncodeToString(h.Sum(nil)[:8])
+}

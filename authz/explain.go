@@ -1,0 +1,140 @@
+package authz
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"sallyport.dev/segment"
+)
+
+// Explanation says how a decision came about.
+type Explanation struct {
+	Request  Request
+	Decision Decision
+	// Deciding are the grants that speak about exactly this request, in force, shadow or expired.
+	Deciding []Reason
+	// Near are the grants that would speak about it if one thing were different, the closest first.
+	Near []Reason
+}
+
+// Reason is one grant and what it has to do with the request.
+type Reason struct {
+	Grant  segment.GrantName
+	Pos    segment.Pos
+	Effect segment.Effect
+	Says   string // in words
+}
+
+// Explain decides the request and finds the grants that decide and those that nearly do. The policy must have been
+// compiled from the same configuration at the same moment.
+func Explain(p *Policy, cfg *segment.Config, r Request, now time.Time) Explanation {
+	ex := Explanation{Request: r, Decision: Decide(p, r)}
+	for i := range cfg.Grants {
+		g := &cfg.Grants[i]
+		misses := closest(g, r)
+		reason := Reason{Grant: g.Name, Pos: g.Pos, Effect: g.Effect}
+		state := ""
+		switch {
+		case !g.Expires.IsZero() && !now.Before(g.Expires):
+			state = fmt.Sprintf("expired at %s", g.Expires.Format(time.RFC3339))
+		case g.Mode != segment.Enforce:
+			state = "is only in shadow mode"
+		}
+		switch {
+		case len(misses) == 0 && state == "":
+			reason.Says = map[segment.Effect]string{segment.Allow: "allows it", segment.Deny: "denies it, which overrides every Allow"}[g.Effect]
+			ex.Deciding = append(ex.Deciding, reason)
+		case len(misses) == 0:
+			reason.Says = fmt.Sprintf("would %s it, but %s", map[segment.Effect]string{segment.Allow: "allow", segment.Deny: "deny"}[g.Effect], state)
+			ex.Deciding = append(ex.Deciding, reason)
+		case len(misses) == 1 && g.Effect == segment.Allow:
+			reason.Says = misses[0]
+			ex.Near = append(ex.Near, reason)
+		}
+	}
+	return ex
+}
+
+// closest says in what the request differs from the grant, for the target that comes closest. Empty: in nothing.
+func closest(g *segment.Grant, r Request) []string {
+	var caller []string
+	if !slices.ContainsFunc(g.From, func(c segment.Caller) bool { return c.Matches(r.Caller) }) {
+		caller = []string{fmt.Sprintf("is for %s, not for %s", list(g.From, segment.Caller.String), r.Caller)}
+	}
+	var best []string
+	for i, to := range g.To {
+		misses := slices.Clone(caller)
+		if to.Endpoint != r.Endpoint {
+			misses = append(misses, fmt.Sprintf("is about endpoint %s, not %s", to.Endpoint, r.Endpoint))
+		}
+		implied := r.Operation == segment.Discover || r.Operation == segment.Enter
+		if !implied && !slices.Contains(to.Operations, r.Operation) {
+			misses = append(misses, fmt.Sprintf("is for %s, not for %s", list(to.Operations, func(o segment.Operation) string { return string(o) }), r.Operation))
+		}
+		if r.Operation != segment.Enter && !slices.ContainsFunc(to.Resources, func(p segment.Pattern) bool { return p.Matches(r.Resource) }) {
+			misses = append(misses, fmt.Sprintf("is for %s, not for %s", list(to.Resources, func(p segment.Pattern) string { return string(p) }), r.Resource))
+		}
+		if i == 0 || len(misses) < len(best) {
+			best = misses
+		}
+	}
+	return best
+}
+
+func list[T any](items []T, text func(T) string) string {
+	out := ""
+	for i, item := range items {
+		if i == 3 {
+			return fmt.Sprintf("%s and %d more", out, len(items)-3)
+		}
+		if i > 0 {
+			out += ", "
+		}
+		out += text(item)
+	}
+	return out
+}
+
+// Right is one line of what a caller may do.
+type Right struct {
+	Endpoint  segment.EndpointName
+	Operation segment.Operation
+	Resource  segment.Pattern
+	Leaf
+	Shadow Leaf
+}
+
+// RightsOf lists everything that is decided for a caller, sorted by endpoint, operation and resource. What is not
+// listed is denied by DefaultDeny.
+func RightsOf(p *Policy, caller string) []Right {
+	var rights []Right
+	for _, name := range slices.Sorted(maps.Keys(p.Endpoints)) {
+		class, ok := p.Endpoints[name].Members.Lookup(caller)
+		if !ok {
+			continue
+		}
+		for _, op := range segment.Operations() {
+			seen := map[segment.Pattern]bool{}
+			for pattern, leaf := range class.Enforced[op].All() {
+				seen[pattern] = true
+				rights = append(rights, Right{name, op, pattern, leaf, class.Shadow.at(op, pattern)})
+			}
+			for pattern, leaf := range class.Shadow[op].All() {
+				if !seen[pattern] {
+					rights = append(rights, Right{name, op, pattern, class.Enforced.at(op, pattern), leaf})
+				}
+			}
+		}
+	}
+	return rights
+}
+
+// at decides about all names that fall to the pattern.
+func (r Rights) at(op segment.Operation, pattern segment.Pattern) Leaf {
+	if leaf, ok := r[op].entries[pattern]; ok {
+		return leaf
+	}
+	return r.Lookup(op, pattern.Stem())
+}

@@ -1,0 +1,259 @@
+package envoy
+
+import (
+	"strings"
+
+	xdscorev3 "github.com/cncf/xds/go/xds/core/v3"
+	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	rbacconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
+	commonmatchingv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/matching/v3"
+	statev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
+	compositev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/composite/v3"
+	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
+	setstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/set_filter_state/v3"
+	networkinputv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/network/v3"
+	sslinputv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/ssl/v3"
+	"google.golang.org/protobuf/proto"
+
+	"sallyport.dev/authz"
+	"sallyport.dev/segment"
+)
+
+// How a decision is made in Envoy:
+//
+//	members   class    := the caller's SPIFFE ID, or the digest of the class that it belongs to
+//	names     name     := the resource that the UUID in the path belongs to (only where there are UUIDs)
+//	question  question := CLASS|OPERATION=NAME and request := OPERATION=NAME
+//	rights    RBAC: question in the exact map? its leaf. A prefix of it in the prefix map? its leaf.
+//	          CLASS below a caller prefix? request in that prefix's two maps. Else default-deny.
+//
+// Every step is a look-up, so cost does not grow with the number of grants. The "=" stands in the question only
+// when the extraction stage has judged the request and the name is known, so a stage that failed or was left
+// out makes a question that no grant answers.
+const (
+	stateClass    = "sallyport.class"
+	stateName     = "sallyport.name"
+	stateResolved = "sallyport.resolved"
+	stateID       = "sallyport.id"
+	stateQuestion = "sallyport.question"
+	stateRequest  = "sallyport.request"
+)
+
+// Above this many leaves, written out for each caller, callers with equal rights are put into classes. One more
+// look-up per request then keeps apps × models from multiplying out.
+const maxWrittenOut = 20000
+
+// MembersName, NamesName and RightsName are the ECDS resources of an endpoint.
+func MembersName(e segment.EndpointName) string { return "authz/" + string(e) + "/members" }
+func NamesName(e segment.EndpointName) string   { return "authz/" + string(e) + "/names" }
+func RightsName(e segment.EndpointName) string  { return "authz/" + string(e) + "/rights" }
+
+func authorization(e *segment.Endpoint, policy *authz.Endpoint, names map[string]string) []*corev3.TypedExtensionConfig {
+	if policy == nil {
+		policy = &authz.Endpoint{}
+	}
+	classes := useClasses(policy)
+	extensions := []*corev3.TypedExtensionConfig{
+		extension(MembersName(e.Name), members(policy, classes)),
+		extension(RightsName(e.Name), rights(policy, classes)),
+	}
+	if addressesByID(e.Protocol) {
+		extensions = append(extensions, extension(NamesName(e.Name), resolve(names)))
+	}
+	return extensions
+}
+
+// useClasses decides by size alone.
+func useClasses(policy *authz.Endpoint) bool {
+	written, classed := 0, 0
+	for _, class := range policy.Members.All() {
+		written += leaves(class)
+	}
+	for _, class := range policy.Classes {
+		classed += leaves(class)
+	}
+	return written > maxWrittenOut && classed*4 < written
+}
+
+func leaves(c *authz.Class) (n int) {
+	for _, table := range c.Enforced {
+		n += table.Len()
+	}
+	return n
+}
+
+// members is the filter that sets the class.
+func members(policy *authz.Endpoint, classes bool) proto.Message {
+	if !classes {
+		return setState(state{stateClass, "%DOWNSTREAM_PEER_URI_SAN%"})
+	}
+	exact, prefix := branches{}, branches{}
+	for caller, class := range policy.Members.All() {
+		exact.or(prefix, caller)[caller.Stem()] = runFilter(setState(state{stateClass, class.ID}))
+	}
+	return matched(exactly(callerInput(), exact, longest(callerInput(), prefix, nil)))
+}
+
+// resolve is the filter that turns a UUID into the name of what it belongs to. What it does not know stays unresolved.
+func resolve(names map[string]string) proto.Message {
+	exact := branches{}
+	for id, name := range names {
+		exact[id] = runFilter(setState(state{stateName, literal(name)}, state{stateResolved, "="}))
+	}
+	return matched(exactly(stateInput(stateID), exact, nil))
+}
+
+// rights is the RBAC filter that answers the question.
+func rights(policy *authz.Endpoint, classes bool) proto.Message {
+	filter := &rbacv3.RBAC{Matcher: decisions(policy, classes, func(c *authz.Class) authz.Rights { return c.Enforced })}
+	if policy.Shadowed {
+		filter.ShadowMatcher = decisions(policy, classes, func(c *authz.Class) authz.Rights { return c.Shadow })
+	}
+	return filter
+}
+
+func decisions(policy *authz.Endpoint, classes bool, of func(*authz.Class) authz.Rights) *matcherv3.Matcher {
+	exact, prefix, below := branches{}, branches{}, branches{}
+	if classes {
+		for _, class := range policy.Classes {
+			addLeaves(exact, prefix, class.ID+"|", of(class))
+		}
+	} else {
+		for caller, class := range policy.Members.All() {
+			if !caller.IsPrefix() {
+				addLeaves(exact, prefix, string(caller)+"|", of(class))
+				continue
+			}
+			requests, families := branches{}, branches{}
+			addLeaves(requests, families, "", of(class))
+			below[caller.Stem()] = &matcherv3.Matcher_OnMatch{OnMatch: &matcherv3.Matcher_OnMatch_Matcher{
+				Matcher: orDeny(exactly(stateInput(stateRequest), requests, longest(stateInput(stateRequest), families, nil)))}}
+		}
+	}
+	return orDeny(exactly(stateInput(stateQuestion), exact,
+		longest(stateInput(stateQuestion), prefix, longest(stateInput(stateClass), below, nil))))
+}
+
+// addLeaves writes out what one class may do.
+func addLeaves(exact, prefix branches, before string, rights authz.Rights) {
+	for _, op := range sortedKeys(rights) {
+		for resource, leaf := range rights[op].All() {
+			exact.or(prefix, resource)[before+string(op)+"="+resource.Stem()] = decide(leaf)
+		}
+	}
+}
+
+// --- matchers, in the words of xDS ---
+
+type branches map[string]*matcherv3.Matcher_OnMatch
+
+// or returns exact or prefix, by what the pattern is.
+func (exact branches) or(prefix branches, p segment.Pattern) branches {
+	if p.IsPrefix() {
+		return prefix
+	}
+	return exact
+}
+
+// exactly is one step: the branch whose key is the input, else the next step. Without branches it is the next step.
+func exactly(input *xdscorev3.TypedExtensionConfig, to branches, next *matcherv3.Matcher) *matcherv3.Matcher {
+	return step(input, to, next, &matcherv3.Matcher_MatcherTree{TreeType: &matcherv3.Matcher_MatcherTree_ExactMatchMap{
+		ExactMatchMap: &matcherv3.Matcher_MatcherTree_MatchMap{Map: to}}})
+}
+
+// longest is one step: the branch whose key is the longest prefix of the input, else the next step.
+func longest(input *xdscorev3.TypedExtensionConfig, to branches, next *matcherv3.Matcher) *matcherv3.Matcher {
+	return step(input, to, next, &matcherv3.Matcher_MatcherTree{TreeType: &matcherv3.Matcher_MatcherTree_PrefixMatchMap{
+		PrefixMatchMap: &matcherv3.Matcher_MatcherTree_MatchMap{Map: to}}})
+}
+
+func step(input *xdscorev3.TypedExtensionConfig, to branches, next *matcherv3.Matcher, tree *matcherv3.Matcher_MatcherTree) *matcherv3.Matcher {
+	if len(to) == 0 {
+		return next
+	}
+	tree.Input = input
+	m := &matcherv3.Matcher{MatcherType: &matcherv3.Matcher_MatcherTree_{MatcherTree: tree}}
+	if next != nil {
+		m.OnNoMatch = &matcherv3.Matcher_OnMatch{OnMatch: &matcherv3.Matcher_OnMatch_Matcher{Matcher: next}}
+	}
+	return m
+}
+
+// orDeny ends a chain of steps with the default deny.
+func orDeny(m *matcherv3.Matcher) *matcherv3.Matcher {
+	deny := decide(authz.Leaf{Rule: authz.DefaultDeny})
+	if m == nil {
+		return &matcherv3.Matcher{OnNoMatch: deny}
+	}
+	last := m
+	for last.OnNoMatch != nil {
+		last = last.OnNoMatch.GetMatcher()
+	}
+	last.OnNoMatch = deny
+	return m
+}
+
+// decide is the end of the way: the verdict and the rule that it is named after.
+func decide(leaf authz.Leaf) *matcherv3.Matcher_OnMatch {
+	action := rbacconfigv3.RBAC_DENY
+	if leaf.Allowed {
+		action = rbacconfigv3.RBAC_ALLOW
+	}
+	return act("decide", &rbacconfigv3.Action{Name: string(leaf.Rule), Action: action})
+}
+
+// runFilter is the end of the way in a composite filter: run this filter.
+func runFilter(filter proto.Message) *matcherv3.Matcher_OnMatch {
+	return act("run", &compositev3.ExecuteFilterAction{TypedConfig: extension("run", filter)})
+}
+
+func act(name string, config proto.Message) *matcherv3.Matcher_OnMatch {
+	return &matcherv3.Matcher_OnMatch{OnMatch: &matcherv3.Matcher_OnMatch_Action{
+		Action: &xdscorev3.TypedExtensionConfig{Name: name, TypedConfig: pack(config)}}}
+}
+
+func matched(m *matcherv3.Matcher) proto.Message {
+	return &commonmatchingv3.ExtensionWithMatcher{
+		XdsMatcher:      m,
+		ExtensionConfig: extension("composite", &compositev3.Composite{}),
+	}
+}
+
+func stateInput(key string) *xdscorev3.TypedExtensionConfig {
+	return &xdscorev3.TypedExtensionConfig{Name: key, TypedConfig: pack(&networkinputv3.FilterStateInput{Key: key})}
+}
+
+func callerInput() *xdscorev3.TypedExtensionConfig {
+	return &xdscorev3.TypedExtensionConfig{Name: "caller", TypedConfig: pack(&sslinputv3.UriSanInput{})}
+}
+
+func extension(name string, config proto.Message) *corev3.TypedExtensionConfig {
+	return &corev3.TypedExtensionConfig{Name: name, TypedConfig: pack(config)}
+}
+
+// --- filter state ---
+
+// state is one object of filter state and the format string that fills it.
+type state struct{ key, format string }
+
+// setState fills filter state from what is known when the request's headers pass. A value that is missing reads "-".
+func setState(states ...state) *setstatev3.Config {
+	config := &setstatev3.Config{}
+	for _, s := range states {
+		config.OnRequestHeaders = append(config.OnRequestHeaders, &statev3.FilterStateValue{
+			Key:        &statev3.FilterStateValue_ObjectKey{ObjectKey: s.key},
+			FactoryKey: "envoy.string",
+			Value: &statev3.FilterStateValue_FormatString{FormatString: &corev3.SubstitutionFormatString{
+				Format: &corev3.SubstitutionFormatString_TextFormatSource{TextFormatSource: inline(s.format)}}},
+		})
+	}
+	return config
+}
+
+func inline(text string) *corev3.DataSource {
+	return &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{InlineString: text}}
+}
+
+// literal protects text from being read as a format.
+func literal(text string) string { return strings.ReplaceAll(text, "%", "%%") }

@@ -1,0 +1,79 @@
+package envoy
+
+import (
+	"time"
+
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"sallyport.dev/segment"
+)
+
+// Sockets are the Unix sockets that a gateway finds its control plane at.
+type Sockets struct {
+	Control  string // ADS, access logs, traces
+	Identity string // SDS
+	Catalog  string
+	Admin    string // Envoy's own administration, which it opens itself
+}
+
+// Bootstrap is what an Envoy is started with: who it is and where its control plane is, and nothing else.
+func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootstrap {
+	ads := grpcTo(ControlCluster)
+	return &bootstrapv3.Bootstrap{
+		Node:  &corev3.Node{Id: string(gateway), Cluster: "sallyport"},
+		Admin: &bootstrapv3.Admin{Address: pipe(sockets.Admin)},
+		DynamicResources: &bootstrapv3.Bootstrap_DynamicResources{
+			LdsConfig: fromADS(),
+			CdsConfig: fromADS(),
+			AdsConfig: &corev3.ApiConfigSource{
+				ApiType:                   corev3.ApiConfigSource_DELTA_GRPC,
+				TransportApiVersion:       corev3.ApiVersion_V3,
+				GrpcServices:              []*corev3.GrpcService{ads},
+				SetNodeOnFirstMessageOnly: true,
+			},
+		},
+		StaticResources: &bootstrapv3.Bootstrap_StaticResources{Clusters: []*clusterv3.Cluster{
+			planeCluster(ControlCluster, sockets.Control, true),
+			planeCluster(IdentityCluster, sockets.Identity, true),
+			planeCluster(CatalogCluster, sockets.Catalog, false),
+		}},
+		LayeredRuntime: &bootstrapv3.LayeredRuntime{Layers: []*bootstrapv3.RuntimeLayer{{
+			Name: "sallyport",
+			LayerSpecifier: &bootstrapv3.RuntimeLayer_StaticLayer{StaticLayer: &structpb.Struct{Fields: map[string]*structpb.Value{
+				"tracing.opentelemetry.flush_interval_ms": structpb.NewNumberValue(500),
+				"tracing.opentelemetry.min_flush_spans":   structpb.NewNumberValue(100),
+			}}},
+		}}},
+	}
+}
+
+func planeCluster(name, socket string, http2 bool) *clusterv3.Cluster {
+	c := &clusterv3.Cluster{
+		Name:                 name,
+		ConnectTimeout:       durationpb.New(time.Second),
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
+		LoadAssignment: &endpointv3.ClusterLoadAssignment{ClusterName: name, Endpoints: []*endpointv3.LocalityLbEndpoints{{
+			LbEndpoints: []*endpointv3.LbEndpoint{{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{
+				Endpoint: &endpointv3.Endpoint{Address: pipe(socket)}}}}}}},
+	}
+	if http2 {
+		c.TypedExtensionProtocolOptions = map[string]*anypb.Any{
+			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": pack(&httpv3.HttpProtocolOptions{
+				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+					ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
+						ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
+							Http2ProtocolOptions: &corev3.Http2ProtocolOptions{}}}}})}
+	}
+	return c
+}
+
+func pipe(path string) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{Path: path, Mode: 0o600}}}
+}

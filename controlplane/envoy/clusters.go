@@ -1,0 +1,147 @@
+package envoy
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"sallyport.dev/segment"
+)
+
+// Every set of backends that serves some model is one cluster, so that the load is spread over all its servers.
+
+func allBackends(e *segment.Endpoint) []segment.BackendName {
+	names := make([]segment.BackendName, len(e.Backends))
+	for i, b := range e.Backends {
+		names[i] = b.Name
+	}
+	return names
+}
+
+func clusterName(e *segment.Endpoint, backends []segment.BackendName) string {
+	parts := make([]string, len(backends))
+	for i, b := range backends {
+		parts[i] = string(b)
+	}
+	slices.Sort(parts)
+	return "endpoint/" + string(e.Name) + "/" + strings.Join(slices.Compact(parts), "+")
+}
+
+func backends(e *segment.Endpoint) ([]*clusterv3.Cluster, []*endpointv3.ClusterLoadAssignment) {
+	sets := map[string][]segment.BackendName{}
+	for _, m := range e.Models {
+		sets[clusterName(e, m.Backends)] = m.Backends
+	}
+	if len(e.Models) == 0 {
+		sets[clusterName(e, allBackends(e))] = allBackends(e)
+	}
+	var clusters []*clusterv3.Cluster
+	var assignments []*endpointv3.ClusterLoadAssignment
+	for _, name := range sortedKeys(sets) {
+		cluster, assignment := pooled(e, name, sets[name])
+		clusters = append(clusters, cluster)
+		if cluster.GetType() == clusterv3.Cluster_EDS {
+			assignments = append(assignments, assignment)
+		} else {
+			cluster.LoadAssignment = assignment
+		}
+	}
+	return clusters, assignments
+}
+
+func pooled(e *segment.Endpoint, name string, members []segment.BackendName) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
+	cluster := &clusterv3.Cluster{
+		Name:                 name,
+		ConnectTimeout:       durationpb.New(2 * time.Second),
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS},
+		EdsClusterConfig:     &clusterv3.Cluster_EdsClusterConfig{EdsConfig: fromADS()},
+	}
+	assignment := &endpointv3.ClusterLoadAssignment{ClusterName: name}
+	for _, b := range e.Backends {
+		if !slices.Contains(members, b.Name) {
+			continue
+		}
+		group := &endpointv3.LocalityLbEndpoints{}
+		for _, a := range b.Addresses {
+			if _, err := netip.ParseAddr(a.Host); err != nil { // EDS carries no host names
+				cluster.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STRICT_DNS}
+				cluster.EdsClusterConfig = nil
+			}
+			group.LbEndpoints = append(group.LbEndpoints, &endpointv3.LbEndpoint{
+				HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socketAddress(a.Host, a.Port)}},
+			})
+		}
+		assignment.Endpoints = append(assignment.Endpoints, group)
+		cluster.TransportSocket = upstreamTLS(b.TLS) // the same for all: Assemble refuses a mix
+	}
+	return cluster, assignment
+}
+
+func upstreamTLS(t segment.BackendTLS) *corev3.TransportSocket {
+	common := &tlsv3.CommonTlsContext{}
+	up := &tlsv3.UpstreamTlsContext{CommonTlsContext: common}
+	switch t.Mode {
+	case segment.TLSServer:
+		up.Sni = t.ServerName
+		bundle := &corev3.DataSource{Specifier: &corev3.DataSource_Filename{Filename: t.CAFile}}
+		validation := &tlsv3.CertificateValidationContext{
+			TrustedCa: bundle,
+			MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{{
+				SanType: tlsv3.SubjectAltNameMatcher_DNS, Matcher: exact(t.ServerName)}},
+		}
+		if t.CAFile == "" {
+			validation.TrustedCa = nil
+			validation.SystemRootCerts = &tlsv3.CertificateValidationContext_SystemRootCerts{}
+		}
+		common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContext{ValidationContext: validation}
+	case segment.TLSMutual:
+		common.TlsCertificateSdsSecretConfigs = []*tlsv3.SdsSecretConfig{secret(gatewaySecret)}
+		common.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{
+			CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
+				DefaultValidationContext: &tlsv3.CertificateValidationContext{
+					MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{{
+						SanType: tlsv3.SubjectAltNameMatcher_URI, Matcher: exact(t.ID.String())}},
+				},
+				ValidationContextSdsSecretConfig: secret(validationSecret),
+			}}
+	default: // None: Assemble allows it for loopback only
+		return nil
+	}
+	return &corev3.TransportSocket{Name: "tls", ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: pack(up)}}
+}
+
+// secret names a secret of the identity socket.
+func secret(name string) *tlsv3.SdsSecretConfig {
+	return &tlsv3.SdsSecretConfig{Name: name, SdsConfig: &corev3.ConfigSource{
+		ResourceApiVersion: corev3.ApiVersion_V3,
+		ConfigSourceSpecifier: &corev3.ConfigSource_ApiConfigSource{ApiConfigSource: &corev3.ApiConfigSource{
+			ApiType:             corev3.ApiConfigSource_GRPC,
+			TransportApiVersion: corev3.ApiVersion_V3,
+			GrpcServices:        []*corev3.GrpcService{grpcTo(IdentityCluster)},
+		}},
+	}}
+}
+
+func fromADS() *corev3.ConfigSource {
+	return &corev3.ConfigSource{
+		ResourceApiVersion:    corev3.ApiVersion_V3,
+		ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}},
+	}
+}
+
+func grpcTo(cluster string) *corev3.GrpcService {
+	return &corev3.GrpcService{TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{
+		EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: cluster}}}
+}
+
+func socketAddress(host string, port uint16) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
+		Address: host, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: uint32(port)}}}}
+}

@@ -1,0 +1,88 @@
+// Package envoy lowers a configuration and its policy to Envoy resources, and checks what was lowered.
+//
+// It is for the pipeline, which publishes the resources over xDS, and for `sallyport render`. It is pure: the same
+// input gives the same bytes. It never emits a resource that lets a request through without a decision: every
+// filter chain demands a client certificate, and what has not been discovered denies.
+package envoy
+
+import (
+	"maps"
+	"slices"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"sallyport.dev/authz"
+	"sallyport.dev/segment"
+)
+
+// Resources are all that one gateway is sent, each list sorted by name.
+type Resources struct {
+	Listeners   []*listenerv3.Listener              // LDS
+	Routes      []*routev3.RouteConfiguration       // RDS
+	Extensions  []*corev3.TypedExtensionConfig      // ECDS
+	Clusters    []*clusterv3.Cluster                // CDS
+	Assignments []*endpointv3.ClusterLoadAssignment // EDS
+}
+
+// Names tells, for each endpoint whose protocol addresses resources by UUID, which UUID is which resource's now.
+type Names map[segment.EndpointName]map[string]string
+
+// Clusters of the bootstrap that the resources refer to. They lead to the control plane.
+const (
+	ControlCluster  = "sallyport/control"  // gRPC: ADS, access logs, traces
+	IdentityCluster = "sallyport/identity" // gRPC: SDS
+	CatalogCluster  = "sallyport/catalog"  // HTTP: the catalogue
+)
+
+// Secrets, by the names that SPIRE's agent serves them under too.
+const (
+	gatewaySecret    = "default" // the gateway's own X.509-SVID
+	validationSecret = "ALL"     // the bundles of every trust domain, for the SPIFFE validator
+)
+
+// Lower makes the resources of the configuration's gateway. Editing one endpoint leaves those of all others as they
+// were, byte for byte, and changing a grant changes nothing but the endpoint's "rights" and "members".
+func Lower(cfg *segment.Config, policy *authz.Policy, names Names) *Resources {
+	r := &Resources{}
+	for i := range cfg.Endpoints {
+		e := &cfg.Endpoints[i]
+		r.Routes = append(r.Routes, routes(e))
+		r.Extensions = append(r.Extensions, authorization(e, policy.Endpoints[e.Name], names[e.Name])...)
+		clusters, assignments := backends(e)
+		r.Clusters = append(r.Clusters, clusters...)
+		r.Assignments = append(r.Assignments, assignments...)
+	}
+	if len(cfg.Endpoints) > 0 {
+		r.Listeners = []*listenerv3.Listener{listener(cfg)}
+	}
+	slices.SortFunc(r.Extensions, byName)
+	slices.SortFunc(r.Clusters, byName)
+	return r
+}
+
+func byName[T interface{ GetName() string }](a, b T) int {
+	switch {
+	case a.GetName() < b.GetName():
+		return -1
+	case a.GetName() > b.GetName():
+		return 1
+	}
+	return 0
+}
+
+// pack wraps a message. Encoding is deterministic, so that equal input gives equal bytes.
+func pack(m proto.Message) *anypb.Any {
+	a := &anypb.Any{}
+	if err := anypb.MarshalFrom(a, m, proto.MarshalOptions{Deterministic: true}); err != nil {
+		panic("encode " + string(m.ProtoReflect().Descriptor().FullName()) + ": " + err.Error()) // only a string that is not UTF-8: all are validated
+	}
+	return a
+}
+
+func sortedKeys[K ~string, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }

@@ -1,0 +1,171 @@
+package envoy
+
+import (
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	rbacconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
+	commonmatchingv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/matching/v3"
+	bufferv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/buffer/v3"
+	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
+	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	setstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/set_filter_state/v3"
+	inspectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"sallyport.dev/segment"
+)
+
+// ListenerName is the one LDS resource of a gateway.
+const ListenerName = "mtls"
+
+// MaxBodyBytes is the largest request body that a gateway reads. Longer ones are answered with 413.
+const MaxBodyBytes = 16 << 20
+
+// Names of the HTTP filters, in their order.
+const (
+	bodyFilter     = "body"
+	extractFilter  = "extract"
+	judgedFilter   = "judged"
+	questionFilter = "question"
+	routerFilter   = "router"
+)
+
+func listener(cfg *segment.Config) *listenerv3.Listener {
+	l := &listenerv3.Listener{
+		Name:    ListenerName,
+		Address: socketAddress(cfg.Gateway.Listen.Addr().String(), cfg.Gateway.Listen.Port()),
+		ListenerFilters: []*listenerv3.ListenerFilter{{
+			Name:       "tls_inspector",
+			ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: pack(&inspectorv3.TlsInspector{})},
+		}},
+		AccessLog: refusedConnections(),
+		// A listener that can't be bound must be an error, not a silent share with another process.
+		EnableReusePort: wrapperspb.Bool(false),
+	}
+	for i := range cfg.Endpoints {
+		e := &cfg.Endpoints[i]
+		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{
+			Name:                          string(e.Name),
+			FilterChainMatch:              &listenerv3.FilterChainMatch{ServerNames: e.Hostnames},
+			TransportSocket:               downstreamTLS(),
+			TransportSocketConnectTimeout: durationpb.New(10 * time.Second),
+			Filters: []*listenerv3.Filter{{
+				Name:       "http",
+				ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: pack(connectionManager(e, cfg.Gateway))},
+			}},
+		})
+	}
+	return l
+}
+
+// downstreamTLS demands a certificate that the SPIFFE validator accepts. There is no resumption: a resumed session
+// would skip the validation.
+func downstreamTLS() *corev3.TransportSocket {
+	return &corev3.TransportSocket{Name: "tls", ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: pack(&tlsv3.DownstreamTlsContext{
+		RequireClientCertificate:         wrapperspb.Bool(true),
+		DisableStatefulSessionResumption: true,
+		SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
+		CommonTlsContext: &tlsv3.CommonTlsContext{
+			TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
+			AlpnProtocols:                  []string{"h2", "http/1.1"},
+			TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{secret(gatewaySecret)},
+			ValidationContextType: &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{
+				ValidationContextSdsSecretConfig: secret(validationSecret)},
+		},
+	})}}
+}
+
+// MaxConnectionAge caps how long a connection lives. A caller that renews its SVID at half its life opens every
+// connection with at least half of it left, so connections end well before the certificate that opened them. (And
+// a request on a certificate that has ended is refused, see extract.lua.)
+func MaxConnectionAge(svidTTL time.Duration) time.Duration { return svidTTL / 4 }
+
+func connectionManager(e *segment.Endpoint, g segment.Gateway) *hcmv3.HttpConnectionManager {
+	return &hcmv3.HttpConnectionManager{
+		StatPrefix: string(e.Name),
+		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
+			RouteConfigName: RoutesName(e.Name), ConfigSource: fromADS()}},
+		HttpFilters:      filters(e),
+		LocalReplyConfig: localReplies(e),
+		Tracing:          tracing(e),
+		AccessLog:        requests(e),
+
+		// One reading of a path, for us and for the backend.
+		NormalizePath:                wrapperspb.Bool(true),
+		MergeSlashes:                 true,
+		PathWithEscapedSlashesAction: hcmv3.HttpConnectionManager_REJECT_REQUEST,
+		StripPortMode:                &hcmv3.HttpConnectionManager_StripAnyHostPort{StripAnyHostPort: true},
+		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
+			IdleTimeout:                  durationpb.New(time.Minute),
+			MaxConnectionDuration:        durationpb.New(MaxConnectionAge(g.SVIDTTL)),
+			MaxHeadersCount:              wrapperspb.UInt32(100),
+			HeadersWithUnderscoresAction: corev3.HttpProtocolOptions_REJECT_REQUEST,
+		},
+		Http2ProtocolOptions: &corev3.Http2ProtocolOptions{
+			MaxConcurrentStreams:        wrapperspb.UInt32(100),
+			InitialStreamWindowSize:     wrapperspb.UInt32(1 << 18),
+			InitialConnectionWindowSize: wrapperspb.UInt32(1 << 20),
+		},
+		RequestHeadersTimeout: durationpb.New(10 * time.Second),
+		RequestTimeout:        durationpb.New(time.Minute),
+		StreamIdleTimeout:     durationpb.New(5 * time.Minute),
+		DrainTimeout:          durationpb.New(time.Second),
+
+		// Every caller is a stranger: what it says of itself in headers is overwritten.
+		UseRemoteAddress:             wrapperspb.Bool(true),
+		InternalAddressConfig:        &hcmv3.HttpConnectionManager_InternalAddressConfig{CidrRanges: nobody()},
+		ForwardClientCertDetails:     hcmv3.HttpConnectionManager_SANITIZE_SET,
+		SetCurrentClientCertDetails:  &hcmv3.HttpConnectionManager_SetCurrentClientCertDetails{Uri: true},
+		AlwaysSetRequestIdInResponse: true,
+		ServerHeaderTransformation:   hcmv3.HttpConnectionManager_PASS_THROUGH,
+	}
+}
+
+func nobody() []*corev3.CidrRange {
+	return []*corev3.CidrRange{{AddressPrefix: "255.255.255.255", PrefixLen: wrapperspb.UInt32(32)}}
+}
+
+// filters is the way of a request through an endpoint. The body is read first, so that a denied caller has sent it
+// all and sees the answer (HTTP/2 clients take an answer before that for a broken stream). Nothing after rights
+// may clear the route cache.
+func filters(e *segment.Endpoint) []*hcmv3.HttpFilter {
+	list := []*hcmv3.HttpFilter{
+		filter(bodyFilter, &bufferv3.Buffer{MaxRequestBytes: wrapperspb.UInt32(MaxBodyBytes)}),
+		filter(extractFilter, extractor()),
+		filter(judgedFilter, setState(judged(e)...)),
+		discovered(MembersName(e.Name), typeURL(&commonmatchingv3.ExtensionWithMatcher{}), typeURL(&setstatev3.Config{})),
+	}
+	if addressesByID(e.Protocol) {
+		list = append(list, discovered(NamesName(e.Name), typeURL(&commonmatchingv3.ExtensionWithMatcher{})))
+	}
+	return append(list,
+		filter(questionFilter, question(e)),
+		discovered(RightsName(e.Name)),
+		filter(routerFilter, &routerv3.Router{SuppressEnvoyHeaders: true}),
+	)
+}
+
+func filter(name string, config proto.Message) *hcmv3.HttpFilter {
+	return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: pack(config)}}
+}
+
+// discovered is a filter that comes by ECDS and denies everything until it has come.
+func discovered(name string, types ...string) *hcmv3.HttpFilter {
+	deny := &rbacv3.RBAC{Rules: &rbacconfigv3.RBAC{}} // rules without a policy deny all; no rules at all would allow all
+	return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_ConfigDiscovery{ConfigDiscovery: &corev3.ExtensionConfigSource{
+		ConfigSource:                     fromADS(),
+		DefaultConfig:                    pack(deny),
+		ApplyDefaultConfigWithoutWarming: true,
+		TypeUrls:                         append(types, typeURL(deny)),
+	}}}
+}
+
+func typeURL(m proto.Message) string {
+	return "type.googleapis.com/" + string(m.ProtoReflect().Descriptor().FullName())
+}

@@ -1,0 +1,103 @@
+package envoy
+
+import (
+	"time"
+
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	tracev3 "github.com/envoyproxy/go-control-plane/envoy/config/trace/v3"
+	grpclogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/grpc/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	tagv3 "github.com/envoyproxy/go-control-plane/envoy/type/tracing/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"sallyport.dev/segment"
+	"sallyport.dev/telemetry"
+)
+
+// genAIOperation is the value of gen_ai.operation.name, by the OpenTelemetry semantic conventions for generative AI.
+func genAIOperation(r segment.Route) string {
+	return map[string]string{"chat-completions": "chat", "completions": "text_completion", "embeddings": "embeddings"}[r.Name]
+}
+
+func tracing(e *segment.Endpoint) *hcmv3.HttpConnectionManager_Tracing {
+	const (
+		name   = "%FILTER_STATE(sallyport.name:PLAIN)%"
+		rule   = "%DYNAMIC_METADATA(envoy.filters.http.rbac:enforced_effective_policy_id)%"
+		result = "%DYNAMIC_METADATA(envoy.filters.http.rbac:enforced_engine_result)%"
+	)
+	tags := []*tagv3.CustomTag{
+		tag(telemetry.SallyportCaller, "%DOWNSTREAM_PEER_URI_SAN%"),
+		tag(telemetry.SallyportEndpoint, string(e.Name)),
+		tag(telemetry.SallyportOperation, "%METADATA(ROUTE:sallyport:operation)%"),
+		tag(telemetry.SallyportResource, name),
+		tag(telemetry.SecurityRuleName, rule),
+		tag(telemetry.EventOutcome, result),
+	}
+	switch e.Protocol {
+	case segment.OpenAI:
+		tags = append(tags,
+			tag(telemetry.GenAIOperationName, "%METADATA(ROUTE:sallyport:gen_ai)%"),
+			tag(telemetry.GenAIProviderName, "openai"),
+			tag(telemetry.GenAIRequestModel, name),
+			number(telemetry.GenAIInputTokens, "%DYNAMIC_METADATA(sallyport:usage:input_tokens)%"),
+			number(telemetry.GenAIOutputTokens, "%DYNAMIC_METADATA(sallyport:usage:output_tokens)%"),
+		)
+	case segment.Chroma:
+		tags = append(tags, tag(telemetry.DBCollectionName, name), tag(telemetry.DBOperationName, "%ROUTE_NAME%"))
+	}
+	return &hcmv3.HttpConnectionManager_Tracing{
+		RandomSampling:    &typev3.Percent{Value: 100},
+		OverallSampling:   &typev3.Percent{Value: 100},
+		SpawnUpstreamSpan: wrapperspb.Bool(true),
+		CustomTags:        tags,
+		Provider: &tracev3.Tracing_Http{Name: "opentelemetry", ConfigType: &tracev3.Tracing_Http_TypedConfig{
+			TypedConfig: pack(&tracev3.OpenTelemetryConfig{GrpcService: grpcTo(ControlCluster), ServiceName: "sallyport-gateway"})}},
+	}
+}
+
+func tag(key, format string) *tagv3.CustomTag {
+	return &tagv3.CustomTag{Tag: key, Type: &tagv3.CustomTag_Value{Value: format}}
+}
+
+func number(key, format string) *tagv3.CustomTag {
+	t := tag(key, format)
+	t.ValueType = tagv3.CustomTag_INT
+	return t
+}
+
+// requests logs every request, with what was decided and why.
+func requests(e *segment.Endpoint) []*accesslogv3.AccessLog {
+	common := logTo("requests")
+	common.FilterStateObjectsToLog = []string{stateName}
+	common.CustomTags = []*tagv3.CustomTag{
+		tag("endpoint", string(e.Name)),
+		tag("operation", "%METADATA(ROUTE:sallyport:operation)%"),
+		tag("trace_id", "%TRACE_ID%"),
+	}
+	return []*accesslogv3.AccessLog{accessLog("requests", &grpclogv3.HttpGrpcAccessLogConfig{CommonConfig: common}, nil)}
+}
+
+// refusedConnections logs connections that did not get through TLS. Those that did are seen by their requests.
+func refusedConnections() []*accesslogv3.AccessLog {
+	return []*accesslogv3.AccessLog{accessLog("connections", &grpclogv3.TcpGrpcAccessLogConfig{CommonConfig: logTo("connections")},
+		&accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ResponseFlagFilter{
+			ResponseFlagFilter: &accesslogv3.ResponseFlagFilter{Flags: []string{"DPE", "NR"}}}})}
+}
+
+func accessLog(name string, config proto.Message, only *accesslogv3.AccessLogFilter) *accesslogv3.AccessLog {
+	return &accesslogv3.AccessLog{Name: name, Filter: only, ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: pack(config)}}
+}
+
+func logTo(name string) *grpclogv3.CommonGrpcAccessLogConfig {
+	return &grpclogv3.CommonGrpcAccessLogConfig{
+		LogName:             name,
+		TransportApiVersion: corev3.ApiVersion_V3,
+		GrpcService:         grpcTo(ControlCluster),
+		BufferFlushInterval: durationpb.New(200 * time.Millisecond),
+		BufferSizeBytes:     wrapperspb.UInt32(64 << 10),
+	}
+}

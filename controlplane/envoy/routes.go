@@ -1,0 +1,180 @@
+package envoy
+
+import (
+	"slices"
+	"strings"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	luav3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/lua/v3"
+	uritemplatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/path/match/uri_template/v3"
+	matchv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"sallyport.dev/segment"
+)
+
+// metadataSpace is the namespace of all metadata that is ours: on routes, and what a request is found to be.
+const metadataSpace = "sallyport"
+
+// Headers that tell the catalogue who asks for what. Whatever a client sends in them is overwritten.
+const (
+	CallerHeader   = "x-sallyport-caller"
+	EndpointHeader = "x-sallyport-endpoint"
+	RouteHeader    = "x-sallyport-route"
+)
+
+// RoutesName is the RDS resource of an endpoint.
+func RoutesName(e segment.EndpointName) string { return "endpoint/" + string(e) }
+
+func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
+	host := &routev3.VirtualHost{Name: string(e.Name), Domains: e.Hostnames}
+	pools := modelPools(e)
+	for _, r := range e.Protocol.Routes() {
+		if r.Answer == segment.FromCatalog || len(pools) == 1 {
+			host.Routes = append(host.Routes, route(e, r, pools[0].cluster))
+			continue
+		}
+		for _, pool := range pools {
+			for _, model := range pool.models {
+				chosen := route(e, r, pool.cluster)
+				chosen.Name += "/" + pool.cluster
+				chosen.Match.FilterState = []*matchv3.FilterStateMatcher{{
+					Key:     stateName,
+					Matcher: &matchv3.FilterStateMatcher_StringMatch{StringMatch: exact(model)},
+				}}
+				host.Routes = append(host.Routes, chosen)
+			}
+		}
+		host.Routes = append(host.Routes, unserved(e, r)) // taken first, before the model is known
+	}
+	host.Routes = append(host.Routes, elsewhere())
+	return &routev3.RouteConfiguration{
+		Name:             RoutesName(e.Name),
+		VirtualHosts:     []*routev3.VirtualHost{host},
+		ValidateClusters: wrapperspb.Bool(false), // Check has seen that they exist; CDS may come a moment later
+	}
+}
+
+// pool is a cluster and the models that it serves; all models, if none is named.
+type pool struct {
+	cluster string
+	models  []string
+}
+
+// modelPools groups an endpoint's models by the backends that serve them. There is at least one pool.
+func modelPools(e *segment.Endpoint) []pool {
+	var pools []pool
+	for _, m := range e.Models {
+		cluster := clusterName(e, m.Backends)
+		i := slices.IndexFunc(pools, func(p pool) bool { return p.cluster == cluster })
+		if i < 0 {
+			i = len(pools)
+			pools = append(pools, pool{cluster: cluster})
+		}
+		pools[i].models = append(append(pools[i].models, m.Name), m.Aliases...)
+	}
+	if pools == nil {
+		pools = []pool{{cluster: clusterName(e, allBackends(e))}}
+	}
+	return pools
+}
+
+func route(e *segment.Endpoint, r segment.Route, cluster string) *routev3.Route {
+	out := bare(e, r)
+	action := &routev3.RouteAction{
+		ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: cluster},
+		Timeout:          durationpb.New(0), // a stream may take as long as the caller's certificate is good for
+	}
+	if r.Answer == segment.FromCatalog {
+		action.ClusterSpecifier = &routev3.RouteAction_Cluster{Cluster: CatalogCluster}
+		action.Timeout = durationpb.New(15 * time.Second)
+		out.RequestHeadersToAdd = []*corev3.HeaderValueOption{
+			header(CallerHeader, "%DOWNSTREAM_PEER_URI_SAN%"),
+			header(EndpointHeader, string(e.Name)),
+			header(RouteHeader, r.Name),
+		}
+	}
+	out.Action = &routev3.Route_Route{Route: action}
+	return out
+}
+
+// unserved answers for a model that is allowed but that no backend serves.
+func unserved(e *segment.Endpoint, r segment.Route) *routev3.Route {
+	out := bare(e, r)
+	out.Name += "/unserved"
+	out.Action = &routev3.Route_DirectResponse{DirectResponse: &routev3.DirectResponseAction{Status: 404}}
+	return out
+}
+
+// elsewhere is every request that is in no table: it asks for nothing that could be granted.
+func elsewhere() *routev3.Route {
+	return &routev3.Route{
+		Name:     "elsewhere",
+		Match:    &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
+		Action:   &routev3.Route_DirectResponse{DirectResponse: &routev3.DirectResponseAction{Status: 404}},
+		Metadata: metadata(map[string]string{"asks": "this path, which is not part of the API here"}),
+	}
+}
+
+func bare(e *segment.Endpoint, r segment.Route) *routev3.Route {
+	asks := string(r.Operation) + " "
+	if r.Resource == segment.NoResource {
+		asks = "anything here"
+	}
+	return &routev3.Route{
+		Name:  r.Name,
+		Match: matchOf(ownPath(e, r.Path), r.Method),
+		Metadata: metadata(map[string]string{
+			"operation": string(r.Operation),
+			"asks":      asks,
+			"gen_ai":    genAIOperation(r),
+		}),
+		TypedPerFilterConfig: map[string]*anypb.Any{extractFilter: pack(&luav3.LuaPerRoute{FilterContext: extraction(e, r)})},
+	}
+}
+
+// ownPath writes the endpoint's own tenant and database into a path template.
+func ownPath(e *segment.Endpoint, path string) string {
+	return strings.NewReplacer("{tenant}", e.Database.Tenant, "{database}", e.Database.Name).Replace(path)
+}
+
+func matchOf(path, method string) *routev3.RouteMatch {
+	match := &routev3.RouteMatch{
+		PathSpecifier: &routev3.RouteMatch_Path{Path: path},
+		Headers: []*routev3.HeaderMatcher{{
+			Name:                 ":method",
+			HeaderMatchSpecifier: &routev3.HeaderMatcher_StringMatch{StringMatch: exact(method)},
+		}},
+	}
+	if strings.Contains(path, "{") {
+		match.PathSpecifier = &routev3.RouteMatch_PathMatchPolicy{
+			PathMatchPolicy: extension("template", &uritemplatev3.UriTemplateMatchConfig{PathTemplate: path})}
+	}
+	return match
+}
+
+func metadata(fields map[string]string) *corev3.Metadata {
+	s := &structpb.Struct{Fields: map[string]*structpb.Value{}}
+	for k, v := range fields {
+		if v != "" {
+			s.Fields[k] = structpb.NewStringValue(v)
+		}
+	}
+	return &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metadataSpace: s}}
+}
+
+func header(name, value string) *corev3.HeaderValueOption {
+	return &corev3.HeaderValueOption{
+		Header:       &corev3.HeaderValue{Key: name, Value: value},
+		AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
+	}
+}
+
+func exact(s string) *matchv3.StringMatcher {
+	return &matchv3.StringMatcher{MatchPattern: &matchv3.StringMatcher_Exact{Exact: s}}
+}

@@ -1,0 +1,135 @@
+package attest
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"os/user"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// process is held by a pidfd, which goes on meaning the same process when its PID is another's. What is read from
+// /proc/PID is therefore true of it if it is still alive after the reading.
+type process struct {
+	cred   *unix.Ucred
+	pidfd  *os.File
+	exe    fs.FileInfo // the program that it ran when it connected; nil if that may not be read
+	hashes *hashes
+}
+
+// hold returns the process that connected a socket.
+func hold(c *net.UnixConn, hashes *hashes) (*process, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("attest connection: %w", err)
+	}
+	var cred *unix.Ucred
+	var fd int
+	var credErr, fdErr error
+	err = raw.Control(func(s uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(s), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		fd, fdErr = unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	})
+	if err := errors.Join(err, credErr); err != nil {
+		return nil, fmt.Errorf("attest connection: %w", err)
+	}
+	if cred.Pid <= 0 {
+		return nil, errors.New("attest connection: its process is in a PID namespace that cannot be seen from here")
+	}
+	old := errors.Is(fdErr, unix.ENOPROTOOPT)
+	if old { // Linux before 6.5
+		fd, fdErr = unix.PidfdOpen(int(cred.Pid), 0)
+	}
+	if fdErr != nil {
+		return nil, fmt.Errorf("attest connection: hold process %d: %w", cred.Pid, fdErr)
+	}
+	p := &process{cred: cred, pidfd: os.NewFile(uintptr(fd), "pidfd"), hashes: hashes}
+	if err := p.begin(old); err != nil {
+		return nil, errors.Join(fmt.Errorf("attest connection: %w", err), p.pidfd.Close())
+	}
+	return p, nil
+}
+
+// begin notes which program runs. A pidfd that was opened by PID may be that of a process which has got the PID since
+// the connection; at least it must then run as the user and group that connected.
+func (p *process) begin(byPID bool) error {
+	if byPID {
+		info, err := os.Stat(p.proc(""))
+		if err != nil {
+			return fmt.Errorf("look at process: %w", err)
+		}
+		if s := unixStat(info); s.Uid != p.cred.Uid || s.Gid != p.cred.Gid {
+			return errors.New("its process has ended and another has its PID")
+		}
+	}
+	p.exe, _ = os.Stat(p.proc("exe")) // not readable: it gets no selectors of its program
+	return p.alive()
+}
+
+// look says what the process is now.
+func (p *process) look(hash bool) (Process, error) {
+	seen := Process{PID: int(p.cred.Pid), UID: int(p.cred.Uid), GID: int(p.cred.Gid)}
+	if u, err := user.LookupId(strconv.Itoa(seen.UID)); err == nil {
+		seen.User = u.Username
+	}
+	if exe, err := os.Stat(p.proc("exe")); err == nil && p.exe != nil {
+		// Else a process could ask and then become a trusted program, in whose name it would be answered.
+		if !os.SameFile(exe, p.exe) {
+			return Process{}, fmt.Errorf("attest caller: process %d runs another program than when it connected", seen.PID)
+		}
+		seen.Path = p.path(exe)
+		if hash {
+			seen.SHA256 = p.hashes.of(p.proc("exe"), exe)
+		}
+	}
+	if err := p.alive(); err != nil {
+		return Process{}, fmt.Errorf("attest caller: %w", err)
+	}
+	return seen, nil
+}
+
+// path returns the program's path if it leads to the program. So one that was deleted has none ("/bin/a (deleted)"
+// in /proc), nor has one that is at that path only in a container of the process's own making.
+func (p *process) path(exe fs.FileInfo) string {
+	path, err := os.Readlink(p.proc("exe"))
+	if err != nil {
+		return ""
+	}
+	if there, err := os.Stat(path); err != nil || !os.SameFile(there, exe) {
+		return ""
+	}
+	return path
+}
+
+// alive returns an error once the process has ended: its pidfd is readable then.
+func (p *process) alive() error {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("watch process %d: %w", p.cred.Pid, err)
+	}
+	var n int
+	var pollErr error
+	err = raw.Control(func(fd uintptr) {
+		for {
+			n, pollErr = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+			if pollErr != unix.EINTR {
+				return
+			}
+		}
+	})
+	if err := errors.Join(err, pollErr); err != nil {
+		return fmt.Errorf("watch process %d: %w", p.cred.Pid, err)
+	}
+	if n != 0 {
+		return fmt.Errorf("process %d has ended", p.cred.Pid)
+	}
+	return nil
+}
+
+func (p *process) proc(name string) string {
+	return fmt.Sprintf("/proc/%d/%s", p.cred.Pid, name)
+}

@@ -1,0 +1,307 @@
+package identity_test
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"fmt"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"pgregory.net/rapid"
+
+	"sallyport.dev/identity"
+)
+
+var (
+	td    = spiffeid.RequireTrustDomainFromString("example.org")
+	start = time.Date(2026, 3, 1, 12, 0, 0, 500e6, time.UTC)
+)
+
+type fataler interface {
+	Helper()
+	Fatalf(string, ...any)
+}
+
+func newKey(t fataler) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return key
+}
+
+func newAuthority(t fataler, life time.Duration) *identity.Authority {
+	t.Helper()
+	return authorityOf(t, newKey(t), life)
+}
+
+func authorityOf(t fataler, key *ecdsa.PrivateKey, life time.Duration) *identity.Authority {
+	t.Helper()
+	template, err := identity.CATemplate(td, life, start, rand.Reader)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	a, err := identity.SelfSign(template, key)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return a
+}
+
+func issue(t fataler, a *identity.Authority, r identity.Request, now time.Time) []*x509.Certificate {
+	t.Helper()
+	template, err := a.SVIDTemplate(r, now, rand.Reader)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	chain, err := a.Sign(template, newKey(t).Public(), now)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return chain
+}
+
+// fields is what the specification speaks of, as text.
+func fields(c *x509.Certificate) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "subject %q\n", c.Subject.Organization)
+	fmt.Fprintf(&b, "uri %s\ndns %q\n", c.URIs, c.DNSNames)
+	fmt.Fprintf(&b, "ca %t keyUsage %b extKeyUsage %d\n", c.IsCA, c.KeyUsage, c.ExtKeyUsage)
+	fmt.Fprintf(&b, "from %s to %s\n", c.NotBefore.Format(time.DateTime), c.NotAfter.Format(time.DateTime))
+	fmt.Fprintf(&b, "%s\n", c.SignatureAlgorithm)
+	for _, e := range c.Extensions {
+		if e.Critical {
+			fmt.Fprintf(&b, "critical %s\n", e.Id)
+		}
+	}
+	return b.String()
+}
+
+func TestFieldsOfAuthority(t *testing.T) {
+	a := newAuthority(t, 10*365*24*time.Hour)
+	want := `subject ["Sallyport"]
+uri [spiffe://example.org]
+dns []
+ca true keyUsage 1100000 extKeyUsage []
+from 2026-03-01 11:59:50 to 2036-02-27 12:00:00
+ECDSA-SHA256
+critical 2.5.29.15
+critical 2.5.29.19
+`
+	if diff := cmp.Diff(want, fields(a.Certificate())); diff != "" {
+		t.Error(diff)
+	}
+	if s := fmt.Sprintf("%v %+v", a, a); s != "authority of spiffe://example.org authority of spiffe://example.org" {
+		t.Errorf("prints as %s", s)
+	}
+}
+
+func TestFieldsOfSVID(t *testing.T) {
+	a := newAuthority(t, 24*time.Hour)
+	chain := issue(t, a, identity.Request{
+		ID: spiffeid.RequireFromString("spiffe://example.org/gateway"), DNSNames: []string{"chat.internal", "*.db.internal"}, TTL: time.Hour,
+	}, start.Add(time.Minute))
+	want := `subject []
+uri [spiffe://example.org/gateway]
+dns ["chat.internal" "*.db.internal"]
+ca false keyUsage 1 extKeyUsage [1 2]
+from 2026-03-01 12:00:50 to 2026-03-01 13:01:00
+ECDSA-SHA256
+critical 2.5.29.15
+critical 2.5.29.19
+critical 2.5.29.17
+`
+	if diff := cmp.Diff(want, fields(chain[0])); diff != "" {
+		t.Error(diff)
+	}
+	if len(chain) != 1 {
+		t.Errorf("the chain has %d certificates: the root is not presented", len(chain))
+	}
+	if !bytes.Equal(chain[0].AuthorityKeyId, a.Certificate().SubjectKeyId) || len(chain[0].AuthorityKeyId) == 0 {
+		t.Error("the authority's key identifier is missing")
+	}
+	if n := chain[0].SerialNumber.BitLen(); n < 64 || n > 159 {
+		t.Errorf("serial number has %d bits", n)
+	}
+}
+
+func TestSignedIsVerified(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		caLife := time.Duration(rapid.Int64Range(int64(10*time.Second), int64(20*365*24*time.Hour)).Draw(t, "authority's life"))
+		a := newAuthority(t, caLife)
+		now := start.Add(time.Duration(rapid.Int64Range(0, int64(caLife-4*time.Second)).Draw(t, "age of authority")))
+		path := rapid.StringMatching(`(/[a-zA-Z0-9_-][a-zA-Z0-9._-]{0,20}){1,4}`).Draw(t, "path")
+		id, err := spiffeid.FromPath(td, path)
+		if err != nil {
+			t.Skip(err)
+		}
+		r := identity.Request{ID: id, TTL: time.Duration(rapid.Int64Range(int64(identity.MinTTL), int64(100*24*time.Hour)).Draw(t, "ttl"))}
+		chain := issue(t, a, r, now)
+		got, err := identity.Verify(chain, a.Bundle(), now)
+		if err != nil || got != id {
+			t.Fatalf("verified as %s, %v", got, err)
+		}
+		leaf, ca := chain[0], a.Certificate()
+		if leaf.NotAfter.After(ca.NotAfter) || leaf.NotBefore.Before(ca.NotBefore) {
+			t.Fatalf("valid %s..%s, the authority %s..%s", leaf.NotBefore, leaf.NotAfter, ca.NotBefore, ca.NotAfter)
+		}
+		if leaf.NotAfter.Sub(now) > r.TTL {
+			t.Fatalf("lives %s, longer than %s", leaf.NotAfter.Sub(now), r.TTL)
+		}
+		at := identity.RotateAt(leaf.NotBefore, leaf.NotAfter)
+		if !at.After(now) || !at.Before(leaf.NotAfter) {
+			t.Fatalf("rotates at %s, made at %s, ends %s", at, now, leaf.NotAfter)
+		}
+		for _, when := range []time.Time{leaf.NotBefore.Add(-time.Second), leaf.NotAfter.Add(time.Second), {}} {
+			if id, err := identity.Verify(chain, a.Bundle(), when); err == nil || !id.IsZero() {
+				t.Fatalf("valid at %s: %s", when, id)
+			}
+		}
+	})
+}
+
+func TestTemplateRefuses(t *testing.T) {
+	a := newAuthority(t, time.Hour)
+	id := spiffeid.RequireFromString("spiffe://example.org/app")
+	cases := []struct {
+		name string
+		req  identity.Request
+		now  time.Time
+		want string
+	}{
+		{"another trust domain", identity.Request{ID: spiffeid.RequireFromString("spiffe://other.org/app"), TTL: time.Minute}, start, "not in trust domain"},
+		{"no ID", identity.Request{TTL: time.Minute}, start, "not in trust domain"},
+		{"no path", identity.Request{ID: td.ID(), TTL: time.Minute}, start, "not a workload"},
+		{"no lifetime", identity.Request{ID: id}, start, "is below"},
+		{"empty name", identity.Request{ID: id, TTL: time.Minute, DNSNames: []string{""}}, start, "empty DNS name"},
+		{"before the authority", identity.Request{ID: id, TTL: time.Minute}, start.Add(-time.Minute), "begins only at"},
+		{"after the authority", identity.Request{ID: id, TTL: time.Minute}, start.Add(time.Hour), "ends at"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			if _, err := a.SVIDTemplate(c.req, c.now, rand.Reader); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v, want %q", err, c.want)
+			}
+		})
+	}
+	if _, err := a.SVIDTemplate(identity.Request{ID: id, TTL: time.Minute}, start, bytes.NewReader(nil)); err == nil {
+		t.Error("made a serial number from nothing")
+	}
+}
+
+// Whatever a template says, what is not an X.509-SVID of the trust domain is not handed out.
+func TestSignRefuses(t *testing.T) {
+	a := newAuthority(t, time.Hour)
+	keyUsage := asn1.ObjectIdentifier{2, 5, 29, 15}
+	cases := map[string]func(*x509.Certificate){
+		"an authority":         func(c *x509.Certificate) { c.IsCA = true },
+		"certificate signing":  func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign },
+		"no digital signature": func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyEncipherment },
+		"no key usage":         func(c *x509.Certificate) { c.KeyUsage = 0 },
+		"key usage not critical": func(c *x509.Certificate) {
+			c.ExtraExtensions = append(c.ExtraExtensions, pkix.Extension{Id: keyUsage, Value: []byte{3, 2, 7, 128}})
+		},
+		"server only":              func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] },
+		"two identities":           func(c *x509.Certificate) { c.URIs = append(c.URIs, c.URIs[0]) },
+		"no identity":              func(c *x509.Certificate) { c.URIs = nil; c.DNSNames = []string{"a"} },
+		"trust domain":             func(c *x509.Certificate) { c.URIs = []*url.URL{td.ID().URL()} },
+		"another trust domain":     func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "other.org", Path: "/a"}} },
+		"not SPIFFE":               func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "https", Host: "example.org", Path: "/a"}} },
+		"outlives the authority":   func(c *x509.Certificate) { c.NotAfter = a.Certificate().NotAfter.Add(time.Second) },
+		"is older than it":         func(c *x509.Certificate) { c.NotBefore = a.Certificate().NotBefore.Add(-time.Second) },
+		"expired":                  func(c *x509.Certificate) { c.NotAfter = start.Add(-time.Second) },
+		"a weak signature, of MD5": func(c *x509.Certificate) { c.SignatureAlgorithm = x509.MD5WithRSA },
+	}
+	for name, spoil := range cases {
+		t.Run(name, func(t *testing.T) {
+			template, err := a.SVIDTemplate(identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: time.Minute}, start, rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			key := newKey(t).Public()
+			if _, err := a.Sign(template, key, start); err != nil {
+				t.Fatalf("unspoiled: %v", err)
+			}
+			spoil(template)
+			if _, err := a.Sign(template, key, start); err == nil {
+				t.Error("signed")
+			}
+		})
+	}
+}
+
+func TestVerifyRefusesForged(t *testing.T) {
+	a, forger := newAuthority(t, time.Hour), newAuthority(t, time.Hour)
+	chain := issue(t, forger, identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: time.Minute}, start)
+	if id, err := identity.Verify(chain, a.Bundle(), start); err == nil || !id.IsZero() {
+		t.Errorf("accepted as %s", id)
+	}
+}
+
+func TestIntermediate(t *testing.T) {
+	key, rootKey := newKey(t), newKey(t)
+	root := authorityOf(t, rootKey, 24*time.Hour)
+	template, err := identity.CATemplate(td, time.Hour, start, rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, root.Certificate(), key.Public(), rootKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := identity.NewAuthority([]*x509.Certificate{cert, root.Certificate()}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain := issue(t, a, identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: 2 * time.Hour}, start)
+	if len(chain) != 2 || chain[0].NotAfter.After(cert.NotAfter) {
+		t.Errorf("chain of %d until %s", len(chain), chain[0].NotAfter)
+	}
+	if _, err := identity.Verify(chain, root.Bundle(), start); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNewAuthorityRefuses(t *testing.T) {
+	a := newAuthority(t, time.Hour)
+	key := newKey(t)
+	leafTemplate, err := a.SVIDTemplate(identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: time.Minute}, start, rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := a.Sign(leafTemplate, key.Public(), start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		chain []*x509.Certificate
+		key   *ecdsa.PrivateKey
+	}{
+		"no certificate":  {nil, key},
+		"another's key":   {[]*x509.Certificate{a.Certificate()}, key},
+		"a leaf":          {leaf, key},
+		"a broken chain":  {[]*x509.Certificate{a.Certificate(), newAuthority(t, time.Hour).Certificate()}, key},
+		"a leaf's issuer": {[]*x509.Certificate{leaf[0], a.Certificate()}, key},
+	} {
+		if _, err := identity.NewAuthority(c.chain, c.key); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	if _, err := identity.CATemplate(spiffeid.TrustDomain{}, time.Hour, start, rand.Reader); err == nil {
+		t.Error("no trust domain: accepted")
+	}
+}

@@ -1,0 +1,84 @@
+package identity
+
+import (
+	"crypto"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+)
+
+// SelfSign makes a root authority from a template of CATemplate and its key.
+func SelfSign(template *x509.Certificate, key crypto.Signer) (*Authority, error) {
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, fmt.Errorf("sign authority: %w", err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("sign authority: %w", err)
+	}
+	return NewAuthority([]*x509.Certificate{cert}, key)
+}
+
+// Sign certifies that the holder of the public key's private key is who the template says. It returns the chain that
+// the holder presents: the leaf first, then the authorities below the root. Whatever the template says, the result is
+// verified before it is returned.
+func (a *Authority) Sign(template *x509.Certificate, pub crypto.PublicKey, now time.Time) ([]*x509.Certificate, error) {
+	der, err := x509.CreateCertificate(rand.Reader, template, a.chain[0], pub, a.signer)
+	if err != nil {
+		return nil, fmt.Errorf("sign SVID: %w", err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("sign SVID: %w", err)
+	}
+	chain := slices.Concat([]*x509.Certificate{leaf}, a.chain[:len(a.chain)-1])
+	if _, err := Verify(chain, a.Bundle(), now); err != nil {
+		return nil, fmt.Errorf("sign SVID: %w", err)
+	}
+	if from, to := a.validity(); leaf.NotBefore.Before(from) || leaf.NotAfter.After(to) {
+		return nil, errors.New("sign SVID: it is valid when the authority is not")
+	}
+	return chain, nil
+}
+
+// Verify returns the SPIFFE ID of an X.509-SVID that is valid now under one of the bundles (X509-SVID 5). Beyond
+// what a verifier must check, it refuses leaves that do not say what they must: critical key usage with
+// digitalSignature, and both extended key usages or none (4.3, 4.4).
+func Verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time) (spiffeid.ID, error) {
+	if now.IsZero() { // crypto/x509 would take its own clock
+		return spiffeid.ID{}, errors.New("verify SVID: no time given")
+	}
+	id, _, err := x509svid.Verify(chain, bundles, x509svid.WithTime(now))
+	if err != nil {
+		return spiffeid.ID{}, fmt.Errorf("verify SVID: %w", err)
+	}
+	leaf := chain[0]
+	switch {
+	case id.Path() == "":
+		return spiffeid.ID{}, fmt.Errorf("verify SVID: %s is a trust domain, not a workload", id)
+	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
+		return spiffeid.ID{}, errors.New("verify SVID: key usage lacks digitalSignature")
+	case !slices.ContainsFunc(leaf.Extensions, isCriticalKeyUsage):
+		return spiffeid.ID{}, errors.New("verify SVID: key usage is not critical")
+	case len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) > 0 &&
+		(!slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageServerAuth) ||
+			!slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth)):
+		return spiffeid.ID{}, errors.New("verify SVID: extended key usage lacks serverAuth or clientAuth")
+	}
+	return id, nil
+}
+
+// isCriticalKeyUsage recognises the key usage extension (RFC 5280 4.2.1.3) where it is marked critical.
+func isCriticalKeyUsage(e pkix.Extension) bool {
+	return e.Critical && e.Id.Equal(asn1.ObjectIdentifier{2, 5, 29, 15})
+}

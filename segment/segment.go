@@ -1,0 +1,172 @@
+// Package segment is the model of what Sallyport protects and who may reach it: gateways, endpoints, workloads
+// and grants, resolved and validated, on one screen each.
+//
+// It is for every other package, and knows none of them: nothing here comes from Kubernetes, Envoy or gRPC. It
+// holds values only: no IO, no clock, no goroutine. The zero value of everything that decides is "no".
+package segment
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Names are the names that users give in metadata.name. They are distinct types so that none is taken for another.
+type (
+	EndpointName string
+	WorkloadName string
+	GrantName    string
+	BackendName  string
+	GatewayName  string
+)
+
+// Config is everything that a generation is made of: the documents after references have been resolved and
+// every rule of the model has been checked. All slices are sorted by name, so equal configurations are equal values.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	Gateway     Gateway
+	Endpoints   []Endpoint
+	Workloads   []Workload
+	Grants      []Grant
+}
+
+// Gateway is one Envoy in front of the endpoints.
+type Gateway struct {
+	Name   GatewayName
+	ID     spiffeid.ID    // whom the gateway is, to callers and to the control plane
+	Listen netip.AddrPort // where it accepts mTLS connections
+	// SVIDTTL is the lifetime of the X.509-SVIDs that callers hold. No connection lives as long.
+	SVIDTTL time.Duration
+}
+
+// Endpoint is one protected API: the hostnames that clients use, its protocol, and the servers behind it.
+type Endpoint struct {
+	Name      EndpointName
+	Labels    map[string]string
+	Hostnames []string // lower case, unique over all endpoints; the SNI and Host that select this endpoint
+	Protocol  Protocol
+	Backends  []Backend // at least one
+	// Models says which backends serve which model. Empty: every model goes to every backend.
+	Models []Model
+	// Database is where a Chroma collection lives whose name says no more.
+	Database Database
+}
+
+// Backend is one pool of equal servers.
+type Backend struct {
+	Name      BackendName
+	Addresses []Address // at least one
+	TLS       BackendTLS
+}
+
+// Address is a host (an IP address or a DNS name) and a port.
+type Address struct {
+	Host string
+	Port uint16
+}
+
+// BackendTLS says how a gateway speaks to a backend.
+type BackendTLS struct {
+	Mode       TLSMode
+	ServerName string      // Server: the DNS name that the certificate must have
+	CAFile     string      // Server: PEM bundle to trust, a path on the gateway
+	ID         spiffeid.ID // Mutual: the SPIFFE ID that the server must have
+}
+
+// TLSMode is how the connection to a backend is protected. The zero value is not a mode.
+type TLSMode string
+
+const (
+	TLSNone   TLSMode = "None"   // plain text, for loopback addresses only
+	TLSServer TLSMode = "Server" // the server has a web PKI or private certificate
+	TLSMutual TLSMode = "Mutual" // both sides have X.509-SVIDs and the server's SPIFFE ID is pinned
+)
+
+// Model is a model name and the backends that serve it.
+type Model struct {
+	Name     string
+	Aliases  []string // further names for the same servers; each is a resource of its own to grants
+	Backends []BackendName
+}
+
+// Database is the tenant and database that a vector store keeps collections in.
+type Database struct {
+	Tenant string
+	Name   string
+}
+
+// Workload is who may hold an identity, and how it is recognised.
+type Workload struct {
+	Name      WorkloadName
+	Labels    map[string]string
+	ID        spiffeid.ID
+	Selectors []Selector // all must hold; at least one
+}
+
+// Selector is one fact about a process, as SPIRE writes it: "unix:uid:1000" is Type "unix", Value "uid:1000".
+type Selector struct {
+	Type  string
+	Value string
+}
+
+// String returns the selector as users write it.
+func (s Selector) String() string { return s.Type + ":" + s.Value }
+
+// Grant says what some callers may do.
+type Grant struct {
+	Name   GrantName
+	Effect Effect
+	Mode   Mode
+	From   []Caller // who; workloads and label selectors are already resolved to SPIFFE IDs
+	To     []Target // what
+	// Expires is the first moment at which the grant no longer holds; zero: it never ends.
+	Expires time.Time
+	Pos     Pos // where the user wrote it
+}
+
+// Target is a set of operations on a set of resources of one endpoint.
+type Target struct {
+	Endpoint   EndpointName
+	Operations []Operation
+	Resources  []Pattern
+}
+
+// Effect says whether a grant gives or takes. The zero value gives nothing.
+type Effect string
+
+const (
+	Allow Effect = "Allow"
+	Deny  Effect = "Deny" // overrides every Allow, whatever the order
+)
+
+// Mode says whether a grant is in force.
+type Mode string
+
+const (
+	Enforce Mode = "Enforce"
+	Shadow  Mode = "Shadow" // evaluated and recorded beside the enforced grants, never enforced
+)
+
+// Operation is what a caller wants to do. There are few and they are the same for every protocol.
+type Operation string
+
+const (
+	Infer   Operation = "Infer"   // run a model
+	Embed   Operation = "Embed"   // turn text into vectors
+	Read    Operation = "Read"    // read from a collection
+	Write   Operation = "Write"   // change the records of a collection
+	Admin   Operation = "Admin"   // create, rename, delete
+	Call    Operation = "Call"    // call a tool
+	Connect Operation = "Connect" // open a TCP connection
+
+	// Discover is learning that a resource exists and what it is: a model by its name, a collection's UUID. It is
+	// never granted by itself: whoever may do anything with a resource may discover that resource, nobody else.
+	Discover Operation = "Discover"
+	// Enter is what a client asks before it names a resource: version, its own identity, a list (which is filtered).
+	// It is never granted by itself either: whoever may do anything at an endpoint may enter it.
+	Enter Operation = "Enter"
+)
+
+// Operations are the operations that a grant can name.
+func Operations() []Operation { return []Operation{Infer, Embed, Read, Write, Admin, Call, Connect} }

@@ -1,0 +1,235 @@
+package ingest
+
+import (
+	"cmp"
+	"strings"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"sallyport.dev/segment"
+	"sallyport.dev/telemetry"
+)
+
+const (
+	rbacMetadata     = "envoy.filters.http.rbac" // what Envoy's RBAC filter says it did
+	ourMetadata      = "sallyport"               // what extraction, routes and the usage filters say
+	resourceState    = "sallyport.resource"      // filter state; its value begins with "="
+	defaultDeny      = "default-deny"
+	tagEndpoint      = "endpoint"
+	tagOperation     = "operation"
+	tagGeneration    = "generation"
+	tagTraceID       = "trace_id"
+	tagSpanID        = "span_id"
+	tagTraceparent   = "traceparent"
+	clientDisconnect = "downstream_remote_disconnect"
+)
+
+// FlowOf reads the access log entry of one finished request. Who asked comes from the verified certificate, and the
+// verdict from what RBAC did: no header is believed in either. An entry without a verdict of RBAC is Refused.
+func FlowOf(entry *accesslogv3.HTTPAccessLogEntry, node *corev3.Node) telemetry.Flow {
+	common, req, resp := entry.GetCommonProperties(), entry.GetRequest(), entry.GetResponse()
+	ours := fields{common.GetMetadata().GetFilterMetadata()[ourMetadata]}
+	rbac := fields{common.GetMetadata().GetFilterMetadata()[rbacMetadata]}
+
+	f := flowOf(common, node)
+	f.ID = clip(req.GetRequestId(), maxName)
+	f.FirstByte = max(0, common.GetTimeToFirstUpstreamRxByte().AsDuration())
+	f.Endpoint = cmp.Or(f.Endpoint, segment.EndpointName(ours.text("endpoint")))
+	f.Operation = segment.Operation(cmp.Or(tag(common, tagOperation), ours.text("operation")))
+	f.Resource = resourceOf(common, ours)
+	f.InputTokens, f.OutputTokens = ours.count("input_tokens"), ours.count("output_tokens")
+
+	if m := req.GetRequestMethod(); m != corev3.RequestMethod_METHOD_UNSPECIFIED {
+		f.Method = m.String()
+	}
+	path, _, _ := strings.Cut(req.GetPath(), "?")
+	f.Path = clip(path, maxText)
+	f.Status = int(resp.GetResponseCode().GetValue())
+	f.Detail = clip(resp.GetResponseCodeDetails(), maxText)
+	if why := ours.text("error"); why != "" {
+		f.Detail = strings.TrimPrefix(f.Detail+": "+why, ": ")
+	}
+	f.BytesIn, f.BytesOut = size(req.GetRequestBodyBytes()), size(resp.GetResponseBodyBytes())
+
+	f.Verdict, f.Rule = verdict(rbac.text("enforced_engine_result"), rbac.text("enforced_effective_policy_id"))
+	if f.Verdict == telemetry.Allowed && backendFailed(f, common.GetResponseFlags()) {
+		f.Verdict = telemetry.Failed
+	}
+	f.Shadow, f.ShadowBy = verdict(rbac.text("shadow_engine_result"), rbac.text("shadow_effective_policy_id"))
+	if f.Shadow == telemetry.Refused {
+		f.Shadow = "" // no shadow grants were in place
+	}
+	return f
+}
+
+// RefusedOf reads the access log entry of a connection. It is a flow only when the connection came to nothing: it did
+// not get through TLS, or asked for a server name that no endpoint has.
+func RefusedOf(entry *accesslogv3.TCPAccessLogEntry, node *corev3.Node) (flow telemetry.Flow, ok bool) {
+	common := entry.GetCommonProperties()
+	why := tlsFailure(common.GetDownstreamTransportFailureReason())
+	if why == "" && common.GetResponseFlags().GetNoRouteFound() {
+		why = "no endpoint has this server name"
+	}
+	if why == "" {
+		return telemetry.Flow{}, false
+	}
+	f := flowOf(common, node)
+	f.Caller = spiffeid.ID{} // whoever it claimed to be has not been verified
+	f.ID = clip(common.GetStreamId(), maxName)
+	f.Verdict = telemetry.Refused
+	f.Detail = clip(why, maxText)
+	if name := common.GetTlsProperties().GetTlsSniHostname(); name != "" {
+		f.Detail += " (server name " + clip(name, maxName) + ")"
+	}
+	f.BytesIn = size(entry.GetConnectionProperties().GetReceivedBytes())
+	f.BytesOut = size(entry.GetConnectionProperties().GetSentBytes())
+	return f, true
+}
+
+// flowOf reads what requests and connections have in common.
+func flowOf(common *accesslogv3.AccessLogCommon, node *corev3.Node) telemetry.Flow {
+	took := common.GetTimeToLastDownstreamTxByte()
+	if took == nil {
+		took = common.GetDuration()
+	}
+	f := telemetry.Flow{
+		Time:       moment(common.GetStartTime()),
+		Duration:   max(0, took.AsDuration()),
+		Gateway:    segment.GatewayName(clip(node.GetId(), maxName)),
+		Caller:     callerOf(common),
+		Endpoint:   segment.EndpointName(tag(common, tagEndpoint)),
+		Generation: tag(common, tagGeneration),
+	}
+	f.TraceID, _ = telemetry.ParseTraceID(tag(common, tagTraceID))
+	if f.TraceID != "" {
+		f.SpanID, _ = telemetry.ParseSpanID(tag(common, tagSpanID))
+		return f
+	}
+	if parts := strings.Split(tag(common, tagTraceparent), "-"); len(parts) == 4 {
+		f.TraceID, _ = telemetry.ParseTraceID(parts[1]) // its parent-id is the caller's span, not ours
+	}
+	return f
+}
+
+// tag returns a custom tag of the log entry. Envoy writes "-" for a value that is missing.
+func tag(common *accesslogv3.AccessLogCommon, key string) string {
+	if v := common.GetCustomTags()[key]; v != "-" {
+		return clip(v, maxName)
+	}
+	return ""
+}
+
+// callerOf returns the first URI of the peer's certificate as a SPIFFE ID (X509-SVID, section 2: there is only one).
+func callerOf(common *accesslogv3.AccessLogCommon) spiffeid.ID {
+	for _, san := range common.GetTlsProperties().GetPeerCertificateProperties().GetSubjectAltName() {
+		if uri := san.GetUri(); uri != "" {
+			id, _ := spiffeid.FromString(uri)
+			return id
+		}
+	}
+	return spiffeid.ID{}
+}
+
+func resourceOf(common *accesslogv3.AccessLogCommon, ours fields) string {
+	if state := common.GetFilterStateObjects()[resourceState]; state != nil {
+		if m, err := state.UnmarshalNew(); err == nil {
+			var value string
+			switch m := m.(type) {
+			case *wrapperspb.StringValue:
+				value = m.GetValue()
+			case *wrapperspb.BytesValue:
+				value = strings.ToValidUTF8(string(m.GetValue()), "\uFFFD")
+			}
+			if value != "" {
+				return clip(strings.TrimPrefix(value, "="), maxText)
+			}
+		}
+	}
+	return ours.text("resource")
+}
+
+// verdict reads the result of one RBAC engine. Only "allowed" allows; no result means the request was not judged.
+func verdict(result, rule string) (telemetry.Verdict, string) {
+	switch {
+	case result == "allowed":
+		return telemetry.Allowed, rule
+	case result == "":
+		return telemetry.Refused, ""
+	case rule == "":
+		return telemetry.Denied, defaultDeny
+	}
+	return telemetry.Denied, rule
+}
+
+// backendFailed reports whether a request that was let through came to grief behind the gateway. A caller that went
+// away is no failure of the backend.
+func backendFailed(f telemetry.Flow, flags *accesslogv3.ResponseFlags) bool {
+	switch {
+	case f.Status >= 500,
+		flags.GetNoHealthyUpstream(), flags.GetNoClusterFound(), flags.GetDnsResolutionFailure(), flags.GetUpstreamOverflow(),
+		flags.GetUpstreamConnectionFailure(), flags.GetUpstreamConnectionTermination(), flags.GetUpstreamRemoteReset(),
+		flags.GetUpstreamRequestTimeout(), flags.GetUpstreamRetryLimitExceeded(), flags.GetUpstreamProtocolError(),
+		flags.GetUpstreamMaxStreamDurationReached():
+		return true
+	case f.Status == 0:
+		return !strings.HasPrefix(f.Detail, clientDisconnect)
+	}
+	return false
+}
+
+// tlsFailure makes "TLS_error:|268435581:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED:TLS_error_end", as
+// Envoy writes it, into "certificate verify failed".
+func tlsFailure(raw string) string {
+	var reasons []string
+	for part := range strings.SplitSeq(raw, "|") {
+		_, said, ok := strings.Cut(part, "OPENSSL_internal:")
+		if !ok {
+			continue
+		}
+		reason, more, _ := strings.Cut(strings.TrimSuffix(said, ":TLS_error_end"), ":")
+		reason = strings.ToLower(strings.ReplaceAll(reason, "_", " "))
+		if more != "" { // what Envoy adds of its own
+			reason += ": " + more
+		}
+		reasons = append(reasons, reason)
+	}
+	if reasons == nil {
+		return raw
+	}
+	return strings.Join(reasons, "; ")
+}
+
+// fields are the values of one metadata namespace.
+type fields struct{ *structpb.Struct }
+
+func (f fields) text(key string) string { return clip(f.GetFields()[key].GetStringValue(), maxText) }
+
+// count reads a number; built-in filters may write it as text.
+func (f fields) count(key string) int64 {
+	const most = 1 << 53 // what a float64 counts without gaps
+	switch v := f.GetFields()[key].GetKind().(type) {
+	case *structpb.Value_NumberValue:
+		if v.NumberValue >= 0 && v.NumberValue <= most { // false for NaN
+			return int64(v.NumberValue)
+		}
+	case *structpb.Value_StringValue:
+		return telemetry.Attributes{key: v.StringValue}.Int(key)
+	}
+	return 0
+}
+
+// moment returns the zero time for what is no time, or none that nanoseconds can tell.
+func moment(t *timestamppb.Timestamp) time.Time {
+	if t == nil || t.GetSeconds() < 0 || t.GetSeconds() > 1<<33 { // until 2242
+		return time.Time{}
+	}
+	return t.AsTime()
+}
+
+func size(n uint64) int64 { return int64(min(n, 1<<62)) }
