@@ -23,19 +23,19 @@ func RuleOf(g segment.GrantName) Rule { return Rule("grant/" + g) }
 
 // Request is one question to the policy.
 type Request struct {
-	Caller    string // the caller's SPIFFE ID, as its certificate has it
-	Endpoint  segment.EndpointName
-	Operation segment.Operation
-	Resource  string // empty for Enter
+	Caller    string               `json:"caller"` // SPIFFE ID, as the certificate has it
+	Endpoint  segment.EndpointName `json:"endpoint"`
+	Operation segment.Operation    `json:"operation"`
+	Resource  string               `json:"resource,omitempty"` // empty for Enter
 }
 
 // Decision is the answer. The zero value denies, but without a rule; Decide always names one.
 type Decision struct {
-	Allowed bool
-	Rule    Rule
+	Allowed bool `json:"allowed"`
+	Rule    Rule `json:"rule"`
 	// What the answer would be if every grant in Shadow mode were enforced.
-	ShadowAllowed bool
-	ShadowRule    Rule
+	ShadowAllowed bool `json:"shadow_allowed"`
+	ShadowRule    Rule `json:"shadow_rule"`
 }
 
 // Policy is the compiled form of a configuration's grants at one moment. It is immutable.
@@ -66,8 +66,8 @@ type Rights map[segment.Operation]Table[Leaf]
 
 // Leaf is one decision and what it is named after.
 type Leaf struct {
-	Allowed bool
-	Rule    Rule
+	Allowed bool `json:"allowed"`
+	Rule    Rule `json:"rule"`
 }
 
 // Lookup decides operation × resource.

@@ -62,9 +62,9 @@ type statement struct {
 type compiler struct {
 	models     []string // the only resources there are; nil: unknown
 	operations []segment.Operation
-	statements []statement                // in the order of the grants' names
+	statements []statement               // in the order of the grants' names
 	about      map[segment.Pattern][]int // caller → the statements that name it
-	classes    map[string]*Class          // by the statements that it is made from
+	classes    map[string]*Class         // by the statements that it is made from
 	shadowed   bool
 }
 

@@ -11,20 +11,20 @@ import (
 
 // Explanation says how a decision came about.
 type Explanation struct {
-	Request  Request
-	Decision Decision
+	Request  Request  `json:"request"`
+	Decision Decision `json:"decision"`
 	// Deciding are the grants that speak about exactly this request, in force, shadow or expired.
-	Deciding []Reason
+	Deciding []Reason `json:"deciding,omitempty"`
 	// Near are the grants that would speak about it if one thing were different, the closest first.
-	Near []Reason
+	Near []Reason `json:"near,omitempty"`
 }
 
 // Reason is one grant and what it has to do with the request.
 type Reason struct {
-	Grant  segment.GrantName
-	Pos    segment.Pos
-	Effect segment.Effect
-	Says   string // in words
+	Grant  segment.GrantName `json:"grant"`
+	Pos    segment.Pos       `json:"pos"`
+	Effect segment.Effect    `json:"effect"`
+	Says   string            `json:"says"` // in words, after the grant's name
 }
 
 // Explain decides the request and finds the grants that decide and those that nearly do. The policy must have been
@@ -99,11 +99,11 @@ func list[T any](items []T, text func(T) string) string {
 
 // Right is one line of what a caller may do.
 type Right struct {
-	Endpoint  segment.EndpointName
-	Operation segment.Operation
-	Resource  segment.Pattern
+	Endpoint  segment.EndpointName `json:"endpoint"`
+	Operation segment.Operation    `json:"operation"`
+	Resource  segment.Pattern      `json:"resource"`
 	Leaf
-	Shadow Leaf
+	Shadow Leaf `json:"shadow"`
 }
 
 // RightsOf lists everything that is decided for a caller, sorted by endpoint, operation and resource. What is not

@@ -255,6 +255,7 @@ func TestIntermediate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	template.NotBefore = start.Truncate(time.Second) // others may not backdate
 	der, err := x509.CreateCertificate(rand.Reader, template, root.Certificate(), key.Public(), rootKey)
 	if err != nil {
 		t.Fatal(err)
@@ -268,8 +269,8 @@ func TestIntermediate(t *testing.T) {
 		t.Fatal(err)
 	}
 	chain := issue(t, a, identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: 2 * time.Hour}, start)
-	if len(chain) != 2 || chain[0].NotAfter.After(cert.NotAfter) {
-		t.Errorf("chain of %d until %s", len(chain), chain[0].NotAfter)
+	if len(chain) != 2 || chain[0].NotBefore.Before(cert.NotBefore) || chain[0].NotAfter.After(cert.NotAfter) {
+		t.Errorf("chain of %d, %s to %s", len(chain), chain[0].NotBefore, chain[0].NotAfter)
 	}
 	if _, err := identity.Verify(chain, root.Bundle(), start); err != nil {
 		t.Error(err)

@@ -62,10 +62,11 @@ func Assemble(docs []Document, o Options) (segment.Config, segment.Problems) {
 	slices.SortFunc(config.Endpoints, func(a, b segment.Endpoint) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(config.Workloads, func(a, b segment.Workload) int { return cmp.Compare(a.Name, b.Name) })
 	a.index(config.Workloads)
+	slices.SortFunc(grants, func(a, b *Document) int { return cmp.Compare(a.Metadata.Name, b.Metadata.Name) })
+	config.Grants = slices.Grow(config.Grants, len(grants))
 	for _, d := range grants {
 		config.Grants = append(config.Grants, a.grant(d, d.Spec.(*GrantSpec)))
 	}
-	slices.SortFunc(config.Grants, func(a, b segment.Grant) int { return cmp.Compare(a.Name, b.Name) })
 	if len(a.problems) > 0 {
 		return segment.Config{}, a.reported()
 	}

@@ -24,15 +24,16 @@ func problemsOf(docs []Document) segment.Problems {
 // What a golden file cannot hold.
 func TestUnreadable(t *testing.T) {
 	for name, c := range map[string]struct{ text, want string }{
-		"too large":       {strings.Repeat("#", MaxBytes+1), "f: is larger than 16 MiB"},
-		"truncated":       {"", "f: is empty"},
-		"not UTF-8":       {"a: b\nc: ä\xff\n", "f:2:5: is not UTF-8"},
-		"UTF-16":          {"\xff\xfea\x00", "f:1:1: is not UTF-8"},
-		"zero byte":       {"a: \x00\n", "f:1: is not YAML: control characters are not allowed"},
-		"deep":            {strings.Repeat("[", 100_000), "f:1: is not YAML: exceeded max depth of 10000"},
-		"half a comment":  {"---\n# effec", "f:2: ends within a line"},
-		"half a document": {"kind: Grant\nspe", "f:2: is not YAML: could not find expected ':'"},
-		"only a marker":   {"---", "f:1: ends within a line"},
+		"too large":          {strings.Repeat("#", MaxBytes+1), "f: is larger than 16 MiB"},
+		"document too large": {"\n---\n" + strings.Repeat("#", maxDocument), "f:2: is a document larger than 1 MiB"},
+		"truncated":          {"", "f: is empty"},
+		"not UTF-8":          {"a: b\nc: ä\xff\n", "f:2:5: is not UTF-8"},
+		"UTF-16":             {"\xff\xfea\x00", "f:1:1: is not UTF-8"},
+		"zero byte":          {"a: \x00\n", "f:1: is not YAML: control characters are not allowed"},
+		"deep":               {strings.Repeat("[", 100_000), "f:1: is not YAML: exceeded max depth of 10000"},
+		"half a comment":     {"---\n# effec", "f:2: ends within a line"},
+		"half a document":    {"kind: Grant\nspe", "f:2: is not YAML: could not find expected ':'"},
+		"only a marker":      {"---", "f:1: ends within a line"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			problems := problemsOf(Decode("f", []byte(c.text)))

@@ -1,6 +1,8 @@
 package v1alpha1
 
 import (
+	"time"
+
 	"cmp"
 	"strconv"
 	"strings"
@@ -106,4 +108,10 @@ func byPosition(a, b *Document) int {
 	p, q := a.Pos(""), b.Pos("")
 	return cmp.Or(cmp.Compare(p.File, q.File), cmp.Compare(p.Line, q.Line), cmp.Compare(p.Column, q.Column),
 		cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Metadata.Name, b.Metadata.Name))
+}
+
+// Snapshot is all documents of a source as they stood at one moment. It is immutable.
+type Snapshot struct {
+	Documents []Document
+	Noticed   time.Time // when the first of the changes was noticed that made it differ from the one before
 }

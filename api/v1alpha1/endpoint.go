@@ -12,8 +12,9 @@ import (
 
 // endpoint is an endpoint and what grants may name in it.
 type endpoint struct {
-	protocol segment.Protocol
-	models   []string // names and aliases; none: any model
+	protocol   segment.Protocol
+	operations []segment.Operation // of the protocol
+	models     []string            // names and aliases; none: any model
 }
 
 func (a *assembler) endpoint(d *Document, spec *EndpointSpec) segment.Endpoint {
@@ -24,7 +25,7 @@ func (a *assembler) endpoint(d *Document, spec *EndpointSpec) segment.Endpoint {
 		Protocol:  spec.Protocol,
 		Backends:  a.backends(d, spec.Backends),
 	}
-	known := &endpoint{protocol: spec.Protocol}
+	known := &endpoint{protocol: spec.Protocol, operations: spec.Protocol.Operations()}
 	e.Models, known.models = a.models(d, spec, e.Backends)
 	e.Database = a.database(d, spec)
 	a.endpoints[d.Metadata.Name] = known

@@ -100,15 +100,15 @@ func (a *assembler) target(d *Document, i int, to *To) segment.Target {
 		a.missing(d, fmt.Sprintf("spec.to[%d].endpoint", i), "endpoint", to.Endpoint, maps.Keys(a.endpoints))
 	}
 	if e != nil {
-		known := e.protocol.Operations()
 		for j, o := range to.Operations {
-			if !slices.Contains(known, o) {
+			if !slices.Contains(e.operations, o) {
 				a.report(d, "unknown-operation", at("operations", j),
 					fmt.Sprintf("is %q, and endpoint %q speaks %s, which has no such operation", o, to.Endpoint, e.protocol),
-					fmt.Sprintf("%s has %s", e.protocol, list(known)))
+					fmt.Sprintf("%s has %s", e.protocol, list(e.operations)))
 			}
 		}
 	}
+	resources := make([]segment.Pattern, len(to.Resources))
 	for j, r := range to.Resources {
 		p := segment.Pattern(r)
 		switch {
@@ -117,14 +117,16 @@ func (a *assembler) target(d *Document, i int, to *To) segment.Target {
 		case e != nil && len(e.models) > 0 && r != "*" && !slices.ContainsFunc(e.models, p.Matches):
 			a.missing(d, at("resources", j), "model", r, slices.Values(e.models))
 		}
-		t.Resources = append(t.Resources, p)
+		resources[j] = p
 	}
-	t.Resources = sortedSet(t.Resources)
+	t.Resources = sortedSet(resources)
 	return t
 }
 
 func sortedSet[T cmp.Ordered](values []T) []T {
-	return slices.Compact(slices.Sorted(slices.Values(values)))
+	sorted := slices.Clone(values)
+	slices.Sort(sorted)
+	return slices.Compact(sorted)
 }
 
 type label struct{ key, value string }

@@ -15,6 +15,9 @@ import (
 // MaxBytes is the size of the largest text that is decoded.
 const MaxBytes = 16 << 20
 
+// maxDocument is the size of the largest document, as in etcd: its nodes take a hundred times as much memory.
+const maxDocument = 1 << 20
+
 // Decode reads all documents of a YAML stream or a JSON object. The name is what positions call the text. What is
 // wrong is in the Problems of the documents, and text that is no document at all is an unreadable one.
 func Decode(name string, data []byte) []Document {
@@ -103,6 +106,10 @@ func parts(text string) func(yield func(string) bool) {
 
 // decode reads the documents of a text: one, or more where a line ends in something other than "\n".
 func (s schema) decode(text string) []Document {
+	if len(text) > maxDocument {
+		return []Document{Unreadable(segment.Problem{Code: "too-large", Pos: segment.Pos{Line: 1},
+			Msg: fmt.Sprintf("is a document larger than %d MiB", maxDocument>>20), Hint: "write several documents"})}
+	}
 	var docs []Document
 	closed := false // whether the last document ends in a bracket
 	read := yaml.NewDecoder(strings.NewReader(text))

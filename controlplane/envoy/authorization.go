@@ -237,7 +237,7 @@ func extension(name string, config proto.Message) *corev3.TypedExtensionConfig {
 // state is one object of filter state and the format string that fills it.
 type state struct{ key, format string }
 
-// setState fills filter state from what is known when the request's headers pass. A value that is missing reads "-".
+// setState fills filter state from what is known when the request's headers pass. An object without a value is not set.
 func setState(states ...state) *setstatev3.Config {
 	config := &setstatev3.Config{}
 	for _, s := range states {
@@ -245,7 +245,10 @@ func setState(states ...state) *setstatev3.Config {
 			Key:        &statev3.FilterStateValue_ObjectKey{ObjectKey: s.key},
 			FactoryKey: "envoy.string",
 			Value: &statev3.FilterStateValue_FormatString{FormatString: &corev3.SubstitutionFormatString{
-				Format: &corev3.SubstitutionFormatString_TextFormatSource{TextFormatSource: inline(s.format)}}},
+				Format:          &corev3.SubstitutionFormatString_TextFormatSource{TextFormatSource: inline(s.format)},
+				OmitEmptyValues: true, // else a missing value reads "-"
+			}},
+			SkipIfEmpty: true,
 		})
 	}
 	return config

@@ -34,7 +34,7 @@ func clusterName(e *segment.Endpoint, backends []segment.BackendName) string {
 	return "endpoint/" + string(e.Name) + "/" + strings.Join(slices.Compact(parts), "+")
 }
 
-func backends(e *segment.Endpoint) ([]*clusterv3.Cluster, []*endpointv3.ClusterLoadAssignment) {
+func backends(e *segment.Endpoint, g segment.Gateway) ([]*clusterv3.Cluster, []*endpointv3.ClusterLoadAssignment) {
 	sets := map[string][]segment.BackendName{}
 	for _, m := range e.Models {
 		sets[clusterName(e, m.Backends)] = m.Backends
@@ -45,7 +45,7 @@ func backends(e *segment.Endpoint) ([]*clusterv3.Cluster, []*endpointv3.ClusterL
 	var clusters []*clusterv3.Cluster
 	var assignments []*endpointv3.ClusterLoadAssignment
 	for _, name := range sortedKeys(sets) {
-		cluster, assignment := pooled(e, name, sets[name])
+		cluster, assignment := pooled(e, name, sets[name], g)
 		clusters = append(clusters, cluster)
 		if cluster.GetType() == clusterv3.Cluster_EDS {
 			assignments = append(assignments, assignment)
@@ -56,7 +56,7 @@ func backends(e *segment.Endpoint) ([]*clusterv3.Cluster, []*endpointv3.ClusterL
 	return clusters, assignments
 }
 
-func pooled(e *segment.Endpoint, name string, members []segment.BackendName) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
+func pooled(e *segment.Endpoint, name string, members []segment.BackendName, g segment.Gateway) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
 	cluster := &clusterv3.Cluster{
 		Name:                 name,
 		ConnectTimeout:       durationpb.New(2 * time.Second),
@@ -79,12 +79,12 @@ func pooled(e *segment.Endpoint, name string, members []segment.BackendName) (*c
 			})
 		}
 		assignment.Endpoints = append(assignment.Endpoints, group)
-		cluster.TransportSocket = upstreamTLS(b.TLS) // the same for all: Assemble refuses a mix
+		cluster.TransportSocket = upstreamTLS(b.TLS, g) // the same for all: Assemble refuses a mix
 	}
 	return cluster, assignment
 }
 
-func upstreamTLS(t segment.BackendTLS) *corev3.TransportSocket {
+func upstreamTLS(t segment.BackendTLS, g segment.Gateway) *corev3.TransportSocket {
 	common := &tlsv3.CommonTlsContext{}
 	up := &tlsv3.UpstreamTlsContext{CommonTlsContext: common}
 	switch t.Mode {
@@ -102,7 +102,7 @@ func upstreamTLS(t segment.BackendTLS) *corev3.TransportSocket {
 		}
 		common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContext{ValidationContext: validation}
 	case segment.TLSMutual:
-		common.TlsCertificateSdsSecretConfigs = []*tlsv3.SdsSecretConfig{secret(gatewaySecret)}
+		common.TlsCertificateSdsSecretConfigs = []*tlsv3.SdsSecretConfig{secret(g.ID.String())}
 		common.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{
 			CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
 				DefaultValidationContext: &tlsv3.CertificateValidationContext{

@@ -40,11 +40,9 @@ const (
 	CatalogCluster  = "sallyport/catalog"  // HTTP: the catalogue
 )
 
-// Secrets, by the names that SPIRE's agent serves them under too.
-const (
-	gatewaySecret    = "default" // the gateway's own X.509-SVID
-	validationSecret = "ALL"     // the bundles of every trust domain, for the SPIFFE validator
-)
+// validationSecret is the bundles of every trust domain, for the SPIFFE validator, under the name that SPIRE's agent
+// serves them under too. The gateway's own X.509-SVID goes by its SPIFFE ID.
+const validationSecret = "ALL"
 
 // Lower makes the resources of the configuration's gateway. Editing one endpoint leaves those of all others as they
 // were, byte for byte, and changing a grant changes nothing but the endpoint's "rights" and "members".
@@ -54,7 +52,7 @@ func Lower(cfg *segment.Config, policy *authz.Policy, names Names) *Resources {
 		e := &cfg.Endpoints[i]
 		r.Routes = append(r.Routes, routes(e))
 		r.Extensions = append(r.Extensions, authorization(e, policy.Endpoints[e.Name], names[e.Name])...)
-		clusters, assignments := backends(e)
+		clusters, assignments := backends(e, cfg.Gateway)
 		r.Clusters = append(r.Clusters, clusters...)
 		r.Assignments = append(r.Assignments, assignments...)
 	}

@@ -18,7 +18,8 @@ import (
 //	name      what the request asks for: a model or a collection
 //	id        or the UUID of it, which the names filter turns into a name
 //	resolved  "=", once everything about the request has been judged and the name is known
-//	usage     input_tokens and output_tokens of the answer, as numbers
+//	refused   or why it can't be judged
+//	input_tokens, output_tokens   usage, as the answer tells it
 //
 // Whoever replaces the stage replaces this file and extract.lua; all that follows reads the same.
 

@@ -2,9 +2,10 @@
 --
 -- Strict: a body that two parsers could read differently is refused. The bytes themselves pass through unchanged.
 -- If anything here fails, "resolved" is not set, and what is not resolved is denied.
+-- Names the resource that extract.go says the route has; extract.go says too what is left where.
 
 local ffi = require("ffi")
-local byte, sub, find, lower, match = string.byte, string.sub, string.find, string.lower, string.match
+local byte, sub, find, lower, match, format = string.byte, string.sub, string.find, string.lower, string.match, string.format
 
 local SPACE = "sallyport"
 local DEEPEST = 64        -- nesting of JSON
@@ -102,7 +103,7 @@ end
 local VALUE, FIRST_VALUE, KEY, FIRST_KEY, NEXT, NOTHING = 1, 2, 3, 4, 5, 6
 
 -- Returns the string at the key `want` of the object that s is, or nil and what is wrong with s.
-function read_object(s, want)
+local function read_object(s, want)
   local n = #s
   local p = ffi.cast("const uint8_t*", s)
   local inside = {}  -- by depth: is it an object?
@@ -185,46 +186,44 @@ local function read_path(path, number, rest)
     path = match(path, "^[^/]*/(.*)$")
     if not path then return nil end
   end
-  return match(path, rest and "^[%w._:/@-]+$" or "^[%w._-]+$")
+  if rest then return match(path, "^[%w._:/@-]+$") end
+  return match(match(path, "^[^/]*"), "^[%w._-]+$")
 end
 
 local UUID = "^" .. ("%x"):rep(8):gsub("%%x", "[0-9a-f]") .. ("%-" .. ("[0-9a-f]"):rep(4)):rep(3) .. "%-" .. ("[0-9a-f]"):rep(12) .. "$"
 
-local function refuse(handle, why)
+local function refuse(handle, status, why)
   handle:streamInfo():dynamicMetadata():set(SPACE, "refused", why)
-  handle:respond({ [":status"] = "400" }, "The request has " .. why .. ", so it can't be judged.")
+  handle:respond({ [":status"] = tostring(status) }, "The request has " .. why .. ".")
+end
+
+-- How long the certificate that opened the connection is still good for, in milliseconds.
+local function left(handle)
+  return handle:streamInfo():downstreamSslConnection():expirationPeerCertificate() * 1000 - handle:timestamp()
 end
 
 function envoy_on_request(handle)
   local wants = handle:filterContext()
-  local from = wants:get("from")
+  local from, key, segment, rest = wants:get("from"), wants:get("key"), wants:get("segment"), wants:get("rest")
   if not from then return end -- in no table: denied, because nothing is resolved
-
-  local info = handle:streamInfo()
-  local left = info:downstreamSslConnection():expirationPeerCertificate() * 1000 - handle:timestamp()
-  if left <= 0 then
-    info:dynamicMetadata():set(SPACE, "refused", "an expired certificate")
-    handle:respond({ [":status"] = "401", ["connection"] = "close" },
-      "The certificate that opened this connection has expired. Connect again with a current one.")
-    return
-  end
 
   local name
   if from == "body" then
-    local body, why = handle:body(), "no body"
-    if body then name, why = read_object(body:getBytes(0, body:length()), wants:get("key")) end
-    if not name then return refuse(handle, why) end
-    if #name == 0 or #name > LONGEST_NAME or find(name, "%z") then return refuse(handle, "a name that is empty or too long") end
+    local body, why = handle:body(), "no body" -- the script may rest here: whatever it holds of Envoy is void behind it
+    if body then name, why = read_object(body:getBytes(0, body:length()), key) end
+    if not name then return refuse(handle, 400, why) end
+    if #name == 0 or #name > LONGEST_NAME or find(name, "%c") then return refuse(handle, 400, "a name that no resource has") end
   elseif from ~= "nothing" then
-    name = read_path(handle:headers():get(":path"), wants:get("segment"), wants:get("rest"))
-    if not name then return refuse(handle, "a name with characters that no name has") end
-    if from == "id" and not find(name, UUID) then return refuse(handle, "an id that is not a UUID in lower case with dashes") end
+    name = read_path(handle:headers():get(":path"), segment, rest)
+    if not name or (from == "id" and not find(name, UUID)) then return end -- no resource is called like this: denied
   end
 
-  -- What begins on this certificate ends with it.
-  handle:headers():replace("x-envoy-upstream-rq-timeout-ms", string.format("%d", left))
+  -- What begins on a certificate ends with it.
+  local ms = left(handle)
+  if ms <= 0 then return refuse(handle, 401, "come with a certificate that has expired since") end
+  handle:headers():replace("x-envoy-upstream-rq-timeout-ms", format("%d", ms))
 
-  local found = info:dynamicMetadata()
+  local found = handle:streamInfo():dynamicMetadata()
   if from == "id" then
     found:set(SPACE, "id", name)
     return
@@ -247,7 +246,8 @@ function envoy_on_response(handle)
   local input = match(last, '"prompt_tokens"%s*:%s*(%d+)')
   local output = match(last, '"completion_tokens"%s*:%s*(%d+)')
   if input then
-    handle:streamInfo():dynamicMetadata():set(SPACE, "usage",
-      { input_tokens = tonumber(input), output_tokens = tonumber(output or 0) })
+    local found = handle:streamInfo():dynamicMetadata()
+    found:set(SPACE, "input_tokens", tonumber(input))
+    found:set(SPACE, "output_tokens", tonumber(output or 0))
   end
 end

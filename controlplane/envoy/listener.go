@@ -53,7 +53,7 @@ func listener(cfg *segment.Config) *listenerv3.Listener {
 		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{
 			Name:                          string(e.Name),
 			FilterChainMatch:              &listenerv3.FilterChainMatch{ServerNames: e.Hostnames},
-			TransportSocket:               downstreamTLS(),
+			TransportSocket:               downstreamTLS(cfg.Gateway),
 			TransportSocketConnectTimeout: durationpb.New(10 * time.Second),
 			Filters: []*listenerv3.Filter{{
 				Name:       "http",
@@ -66,7 +66,7 @@ func listener(cfg *segment.Config) *listenerv3.Listener {
 
 // downstreamTLS demands a certificate that the SPIFFE validator accepts. There is no resumption: a resumed session
 // would skip the validation.
-func downstreamTLS() *corev3.TransportSocket {
+func downstreamTLS(g segment.Gateway) *corev3.TransportSocket {
 	return &corev3.TransportSocket{Name: "tls", ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: pack(&tlsv3.DownstreamTlsContext{
 		RequireClientCertificate:         wrapperspb.Bool(true),
 		DisableStatefulSessionResumption: true,
@@ -74,16 +74,17 @@ func downstreamTLS() *corev3.TransportSocket {
 		CommonTlsContext: &tlsv3.CommonTlsContext{
 			TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
 			AlpnProtocols:                  []string{"h2", "http/1.1"},
-			TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{secret(gatewaySecret)},
+			TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{secret(g.ID.String())},
 			ValidationContextType: &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{
 				ValidationContextSdsSecretConfig: secret(validationSecret)},
 		},
 	})}}
 }
 
-// MaxConnectionAge caps how long a connection lives. A caller that renews its SVID at half its life opens every
-// connection with at least half of it left, so connections end well before the certificate that opened them. (And
-// a request on a certificate that has ended is refused, see extract.lua.)
+// MaxConnectionAge is when a connection is told to close with its next answer, or at once if it is idle for as long
+// again. A caller that renews its SVID at half its life opens every connection with at least half of it left, so
+// connections end before the certificate that opened them, and none is closed under a request. (extract.lua sees to
+// callers that renew later: a request on a certificate that has ended is refused.)
 func MaxConnectionAge(svidTTL time.Duration) time.Duration { return svidTTL / 4 }
 
 func connectionManager(e *segment.Endpoint, g segment.Gateway) *hcmv3.HttpConnectionManager {
@@ -102,7 +103,7 @@ func connectionManager(e *segment.Endpoint, g segment.Gateway) *hcmv3.HttpConnec
 		PathWithEscapedSlashesAction: hcmv3.HttpConnectionManager_REJECT_REQUEST,
 		StripPortMode:                &hcmv3.HttpConnectionManager_StripAnyHostPort{StripAnyHostPort: true},
 		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
-			IdleTimeout:                  durationpb.New(time.Minute),
+			IdleTimeout:                  durationpb.New(min(time.Minute, MaxConnectionAge(g.SVIDTTL))),
 			MaxConnectionDuration:        durationpb.New(MaxConnectionAge(g.SVIDTTL)),
 			MaxHeadersCount:              wrapperspb.UInt32(100),
 			HeadersWithUnderscoresAction: corev3.HttpProtocolOptions_REJECT_REQUEST,
@@ -112,10 +113,11 @@ func connectionManager(e *segment.Endpoint, g segment.Gateway) *hcmv3.HttpConnec
 			InitialStreamWindowSize:     wrapperspb.UInt32(1 << 18),
 			InitialConnectionWindowSize: wrapperspb.UInt32(1 << 20),
 		},
-		RequestHeadersTimeout: durationpb.New(10 * time.Second),
-		RequestTimeout:        durationpb.New(time.Minute),
-		StreamIdleTimeout:     durationpb.New(5 * time.Minute),
-		DrainTimeout:          durationpb.New(time.Second),
+		Http1SafeMaxConnectionDuration: true,
+		RequestHeadersTimeout:          durationpb.New(10 * time.Second),
+		RequestTimeout:                 durationpb.New(time.Minute),
+		StreamIdleTimeout:              durationpb.New(5 * time.Minute),
+		DrainTimeout:                   durationpb.New(time.Second),
 
 		// Every caller is a stranger: what it says of itself in headers is overwritten.
 		UseRemoteAddress:             wrapperspb.Bool(true),

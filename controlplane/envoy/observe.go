@@ -43,8 +43,8 @@ func tracing(e *segment.Endpoint) *hcmv3.HttpConnectionManager_Tracing {
 			tag(telemetry.GenAIOperationName, "%METADATA(ROUTE:sallyport:gen_ai)%"),
 			tag(telemetry.GenAIProviderName, "openai"),
 			tag(telemetry.GenAIRequestModel, name),
-			number(telemetry.GenAIInputTokens, "%DYNAMIC_METADATA(sallyport:usage:input_tokens)%"),
-			number(telemetry.GenAIOutputTokens, "%DYNAMIC_METADATA(sallyport:usage:output_tokens)%"),
+			number(telemetry.GenAIInputTokens, "%DYNAMIC_METADATA(sallyport:input_tokens)%"),
+			number(telemetry.GenAIOutputTokens, "%DYNAMIC_METADATA(sallyport:output_tokens)%"),
 		)
 	case segment.Chroma:
 		tags = append(tags, tag(telemetry.DBCollectionName, name), tag(telemetry.DBOperationName, "%ROUTE_NAME%"))

@@ -22,7 +22,7 @@ type reply struct {
 const detail = "%LOCAL_REPLY_BODY%"
 
 var replies = []reply{
-	{403, "permission_denied", "no_grant", "AuthorizationError",
+	{403, "permission_denied", "no_grant", "AuthError",
 		"%DOWNSTREAM_PEER_URI_SAN% has no grant for %METADATA(ROUTE:sallyport:asks)%%FILTER_STATE(sallyport.name:PLAIN)%"},
 	{400, "invalid_request_error", "ambiguous_request", "InvalidArgumentError", detail},
 	{401, "authentication_error", "certificate_expired", "AuthError", detail},
@@ -34,18 +34,27 @@ var replies = []reply{
 	{0, "api_error", "gateway_error", "InternalError", "%RESPONSE_CODE_DETAILS%"},
 }
 
-// ErrorBody is the JSON that a client of the protocol takes for an error.
-func ErrorBody(p segment.Protocol, kind, code, chroma, message, requestID string) map[string]any {
-	if p == segment.Chroma {
-		return map[string]any{"error": chroma, "message": message + " (request " + requestID + ")"}
+// ErrorReply is the JSON that a client of the protocol takes for an error, with the same words as a gateway's own.
+func ErrorReply(p segment.Protocol, status int, message, requestID string) map[string]any {
+	for _, r := range replies {
+		if int(r.status) == status || r.status == 0 {
+			return r.body(p, message, requestID)
+		}
 	}
-	return map[string]any{"error": map[string]any{"message": message, "type": kind, "code": code, "request_id": requestID}}
+	return nil
+}
+
+func (r *reply) body(p segment.Protocol, message, requestID string) map[string]any {
+	if p == segment.Chroma {
+		return map[string]any{"error": r.chroma, "message": message + " (request " + requestID + ")"}
+	}
+	return map[string]any{"error": map[string]any{"message": message, "type": r.kind, "code": r.code, "request_id": requestID}}
 }
 
 func localReplies(e *segment.Endpoint) *hcmv3.LocalReplyConfig {
 	config := &hcmv3.LocalReplyConfig{}
 	for _, r := range replies {
-		body, err := structpb.NewStruct(ErrorBody(e.Protocol, r.kind, r.code, r.chroma, r.message, "%REQ(X-REQUEST-ID)%"))
+		body, err := structpb.NewStruct(r.body(e.Protocol, r.message, "%REQ(X-REQUEST-ID)%"))
 		if err != nil {
 			panic("encode reply: " + err.Error()) // constants only
 		}

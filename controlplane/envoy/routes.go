@@ -32,7 +32,12 @@ const (
 func RoutesName(e segment.EndpointName) string { return "endpoint/" + string(e) }
 
 func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
-	host := &routev3.VirtualHost{Name: string(e.Name), Domains: e.Hostnames}
+	host := &routev3.VirtualHost{
+		Name:    string(e.Name),
+		Domains: e.Hostnames,
+		// A caller is its certificate. Whatever key its SDK insists on is none of the backend's business.
+		RequestHeadersToRemove: []string{"authorization", "x-api-key", "api-key", "x-chroma-token"},
+	}
 	pools := modelPools(e)
 	for _, r := range e.Protocol.Routes() {
 		if r.Answer == segment.FromCatalog || len(pools) == 1 {

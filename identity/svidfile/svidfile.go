@@ -3,8 +3,8 @@
 // It is for applications that cannot speak the Workload API. The three files change together: each generation is a
 // folder of its own, and the names that programs open lead through one link, "current", which is renamed over. Opening
 // a file always gives a whole one; a program that opens DIR/current once and the files in it has a pair that fits,
-// because a generation is kept until the one after the next is written. It never keeps a key that the provider
-// has withdrawn longer than that, and never logs one.
+// because a generation is kept until the one after the next is written. It never logs a key, and never takes away what
+// it wrote: an SVID that is not renewed ends by itself.
 package svidfile
 
 import (
@@ -54,7 +54,7 @@ func Fetch(ctx context.Context, c Config) (*x509svid.SVID, error) {
 }
 
 // Watch writes the SVID whenever there is another, until the context ends or a file cannot be written. While there is
-// no provider or no identity, what was written stays, and ends by itself.
+// no provider or no identity, what was written stays.
 func Watch(ctx context.Context, c Config) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

@@ -123,9 +123,7 @@ func TestModesAndLeftovers(t *testing.T) {
 // A reader that resolves the folder once never sees a mixed pair, however often it is written.
 func TestNeverMixed(t *testing.T) {
 	c, i := serve(t)
-	app := identitytest.Entry("app", identitytest.Me())
-	app.TTL = identity.MinTTL
-	i.Set([]issuer.Entry{app})
+	i.Set([]issuer.Entry{identitytest.Entry("app", identitytest.Me())})
 	var svids []*x509svid.SVID
 	for range 2 {
 		svid, err := svidfile.Fetch(t.Context(), c)

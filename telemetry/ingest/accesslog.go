@@ -48,7 +48,7 @@ func (a *AccessLog) StreamAccessLogs(stream alsv3.AccessLogService_StreamAccessL
 	for {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			return nil
+			return stream.SendAndClose(&alsv3.StreamAccessLogsResponse{})
 		}
 		if err != nil {
 			return err

@@ -28,7 +28,7 @@ const (
 )
 
 var (
-	errOtherVersion = errors.New("open telemetry store: the file was made by another version")
+	errOtherVersion = errors.New("the file was made by another version")
 	errUnreadable   = errors.New("read telemetry record")
 )
 
@@ -42,6 +42,7 @@ var (
 type database struct {
 	writer, reader *sql.DB
 	maxPages       int64
+	lastSeq        int64 // in the file when it was opened
 }
 
 // openDatabase opens the file, or makes it, readable by its owner only.
@@ -72,9 +73,12 @@ func openDatabase(ctx context.Context, path string, maxBytes int64) (*database, 
 		return nil, errors.Join(err, d.writer.Close())
 	}
 	d.reader.SetMaxOpenConns(4)
-	if err := d.prepare(ctx); err != nil {
+	if err = d.prepare(ctx); err == nil {
+		err = d.readLastSeq(ctx)
+	}
+	if err != nil {
 		d.close()
-		return nil, err
+		return nil, fmt.Errorf("open telemetry store: %w", err)
 	}
 	return d, nil
 }
@@ -93,35 +97,32 @@ func connect(path string, pragmas ...string) (*sql.DB, error) {
 func (d *database) prepare(ctx context.Context) error {
 	var version int
 	if err := d.writer.QueryRowContext(ctx, "PRAGMA user_version").Scan(&version); err != nil {
-		return fmt.Errorf("open telemetry store: %w", err)
+		return err
 	}
 	switch version {
 	case schemaVersion:
 		return nil
 	case 0:
-		if _, err := d.writer.ExecContext(ctx, fmt.Sprintf("BEGIN; %s; PRAGMA user_version = %d; COMMIT", schema, schemaVersion)); err != nil {
-			return fmt.Errorf("make telemetry store: %w", err)
-		}
-		return nil
+		_, err := d.writer.ExecContext(ctx, fmt.Sprintf("BEGIN; %s; PRAGMA user_version = %d; COMMIT", schema, schemaVersion))
+		return err
 	}
 	return errOtherVersion
+}
+
+func (d *database) readLastSeq(ctx context.Context) error {
+	for _, table := range tables {
+		var n int64
+		if err := d.reader.QueryRowContext(ctx, "SELECT coalesce(max(id), 0) FROM "+table).Scan(&n); err != nil {
+			return err
+		}
+		d.lastSeq = max(d.lastSeq, n)
+	}
+	return nil
 }
 
 func (d *database) close() {
 	_ = d.reader.Close() // nothing to lose
 	_ = d.writer.Close() // what was committed is in the write-ahead log
-}
-
-// lastSeq returns the largest Seq in the file.
-func (d *database) lastSeq(ctx context.Context) (last int64, err error) {
-	for _, table := range tables {
-		var n int64
-		if err := d.reader.QueryRowContext(ctx, "SELECT coalesce(max(id), 0) FROM "+table).Scan(&n); err != nil {
-			return 0, fmt.Errorf("read telemetry store: %w", err)
-		}
-		last = max(last, n)
-	}
-	return last, nil
 }
 
 // putAside moves the file and what belongs to it away.

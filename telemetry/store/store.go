@@ -31,7 +31,7 @@ const (
 	batchRows  = 1000                   // or so many records
 	retryEvery = 2 * time.Second        // after a failure
 	pruneEvery = time.Minute            // while nothing happens
-	stopWithin = 5 * time.Second        // for the last write
+	stopWithin = 15 * time.Second       // for the last write
 )
 
 // kind is a table, and a share of the store of its own, so that none can push out another: anybody on the machine may

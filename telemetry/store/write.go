@@ -83,13 +83,8 @@ func (s *Store) open(ctx context.Context) (*database, error) {
 	if err != nil {
 		return nil, err
 	}
-	last, err := db.lastSeq(ctx)
-	if err != nil {
-		db.close()
-		return nil, err
-	}
 	s.mu.Lock()
-	s.seq = max(s.seq, last)
+	s.seq = max(s.seq, db.lastSeq)
 	s.mu.Unlock()
 	s.files.Lock()
 	s.db = db

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/term"
+	"sigs.k8s.io/yaml"
+
+	"sallyport.dev/api/v1alpha1"
+	"sallyport.dev/controlplane/filesource"
+	"sallyport.dev/controlplane/operator"
+	"sallyport.dev/segment"
+)
+
+// deployment is what a configuration has that stands in no document. `up` serves it; `check`, `explain -f` and
+// `render -f` must be told the same to say the same.
+type deployment struct {
+	trustDomain string
+	listen      string
+	svidTTL     time.Duration
+}
+
+func (d *deployment) add(flags *pflag.FlagSet) {
+	flags.StringVar(&d.trustDomain, "trust-domain", "example.org", "trust domain of all identities that are issued")
+	flags.StringVar(&d.listen, "listen", "127.0.0.1:8443", "address on which the gateway accepts callers (mTLS)")
+	flags.DurationVar(&d.svidTTL, "svid-ttl", time.Hour, "lifetime of X.509-SVIDs; they are renewed at half of it")
+}
+
+// minTTL leaves room for renewal, for the age of connections, and for clocks that disagree a little.
+const minTTL = 20 * time.Second
+
+func (d *deployment) options() (v1alpha1.Options, error) {
+	td, err := spiffeid.TrustDomainFromString(d.trustDomain)
+	if err != nil {
+		return v1alpha1.Options{}, usage("a trust domain looks like example.org", "--trust-domain: %w", err)
+	}
+	addr, err := netip.ParseAddrPort(d.listen)
+	if err != nil {
+		return v1alpha1.Options{}, usage("give an IP address and a port, as in 0.0.0.0:8443", "--listen: %w", err)
+	}
+	if d.svidTTL < minTTL || d.svidTTL > 30*24*time.Hour {
+		return v1alpha1.Options{}, usage("SVIDs live for 20s to 720h", "--svid-ttl: %s is out of range", d.svidTTL)
+	}
+	id, err := spiffeid.FromSegments(td, "gateway", "local")
+	if err != nil {
+		return v1alpha1.Options{}, fmt.Errorf("name the gateway: %w", err)
+	}
+	return v1alpha1.Options{TrustDomain: td, Gateway: segment.Gateway{
+		Name: "local", ID: id, Listen: addr, SVIDTTL: d.svidTTL}}, nil
+}
+
+// assemble reads a folder of documents, all of it or none.
+func (d *deployment) assemble(path string) (segment.Config, error) {
+	options, err := d.options()
+	if err != nil {
+		return segment.Config{}, err
+	}
+	cfg, problems := v1alpha1.Assemble(filesource.Read(path), options)
+	if len(problems) > 0 {
+		return segment.Config{}, problems
+	}
+	return cfg, nil
+}
+
+// stateDir is the flag --state.
+func stateFlag(flags *pflag.FlagSet, into *string) {
+	flags.StringVar(into, "state", defaultState(), "folder that holds the CA, the telemetry and the sockets of `up`")
+}
+
+func defaultState() string {
+	if dir := os.Getenv("SALLYPORT_STATE"); dir != "" {
+		return dir
+	}
+	if dir := os.Getenv("XDG_STATE_HOME"); dir != "" {
+		return filepath.Join(dir, "sallyport")
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return ".sallyport"
+	}
+	return filepath.Join(home, ".local", "state", "sallyport")
+}
+
+// defaultWorkloadSocket is where workloads of every user find the Workload API: outside the state folder, which is
+// closed to them.
+func defaultWorkloadSocket() string {
+	if os.Getuid() == 0 {
+		return "/run/sallyport/workload.sock"
+	}
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
+		return filepath.Join(dir, "sallyport", "workload.sock")
+	}
+	return filepath.Join(os.TempDir(), fmt.Sprintf("sallyport-%d", os.Getuid()), "workload.sock")
+}
+
+func operatorSocket(state string) string { return filepath.Join(state, "run", "operator.sock") }
+
+// ask calls a running `up` and turns the errors of a missing one into words.
+func ask[T any](ctx context.Context, state string, call func(*operator.Client) (T, error)) (T, error) {
+	answer, err := call(operator.NewClient(operatorSocket(state)))
+	if notRunning(err) {
+		return answer, failed("start it with `sallyport up -f DIR`, or name its state folder with --state",
+			"no control plane is running with state %s", state)
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return answer, failed("only the user that runs `sallyport up` may ask it", "the control plane in %s belongs to somebody else", state)
+	}
+	return answer, err
+}
+
+func notRunning(err error) bool {
+	var op *net.OpError
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || (errors.As(err, &op) && errors.Is(op.Err, fs.ErrNotExist))
+}
+
+// output is the flag -o.
+type output struct{ format string }
+
+func (o *output) add(cmd *cobra.Command) {
+	cmd.Flags().StringVarP(&o.format, "output", "o", "text", "text, json or yaml")
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// print writes a value as JSON or YAML, or as text in the way given.
+func (o *output) print(w io.Writer, value any, text func() error) error {
+	switch o.format {
+	case "text":
+		return text()
+	case "json", "yaml":
+		out, err := json.MarshalIndent(value, "", "  ")
+		if err != nil {
+			return fmt.Errorf("encode output: %w", err)
+		}
+		if o.format == "yaml" {
+			if out, err = yaml.JSONToYAML(out); err != nil {
+				return fmt.Errorf("encode output: %w", err)
+			}
+			_, err = w.Write(out)
+			return err
+		}
+		_, err = fmt.Fprintln(w, string(out))
+		return err
+	}
+	return usage("use -o text, -o json or -o yaml", "unknown output format %q", o.format)
+}
+
+// colours reports whether a writer is a terminal that wants colours (https://no-color.org).
+func colours(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" && term.IsTerminal(int(f.Fd()))
+}

@@ -1,0 +1,257 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/url"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"sigs.k8s.io/yaml"
+
+	"sallyport.dev/authz"
+	"sallyport.dev/controlplane"
+	"sallyport.dev/controlplane/envoy"
+	"sallyport.dev/controlplane/operator"
+	"sallyport.dev/segment"
+)
+
+func checkCommand() *cobra.Command {
+	var d deployment
+	var o output
+	cmd := &cobra.Command{
+		Use:   "check DIR",
+		Short: "Check documents: all problems at once",
+		Long: `Check reads the documents of a folder or a file as ` + "`up`" + ` would, makes everything of them that it would make, and
+shows all problems. It changes nothing and asks nobody. Exit status 1 if there is a problem.`,
+		Example: "  sallyport check examples/rag/sallyport",
+		Args:    oneDir,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cfg, err := d.assemble(args[0])
+			if problems, ok := err.(segment.Problems); ok {
+				if o.format == "text" {
+					return problems
+				}
+				_ = o.print(cmd.OutOrStdout(), problems, nil)
+				return errProblems
+			}
+			if err != nil {
+				return err
+			}
+			g, err := controlplane.Generate(cfg, nil, time.Now())
+			if err != nil {
+				return failed("this is a defect of Sallyport: please report it with your documents", "%w", err)
+			}
+			if o.format != "text" {
+				return o.print(cmd.OutOrStdout(), segment.Problems{}, nil)
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %s, %s, %s: no problems (generation %s)\n", args[0],
+				count(len(cfg.Endpoints), "endpoint"), count(len(cfg.Workloads), "workload"), count(len(cfg.Grants), "grant"), g.Digest.Short())
+			return err
+		},
+	}
+	d.add(cmd.Flags())
+	o.add(cmd)
+	return cmd
+}
+
+func count(n int, of string) string {
+	if n == 1 {
+		return "1 " + of
+	}
+	return fmt.Sprintf("%d %ss", n, of)
+}
+
+func oneDir(cmd *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return usage("`"+cmd.CommandPath()+" DIR`, where DIR holds the documents", "%s takes one folder or file, not %d", cmd.Name(), len(args))
+	}
+	return nil
+}
+
+func explainCommand() *cobra.Command {
+	var d deployment
+	var o output
+	var from, state string
+	var r authz.Request
+	var endpoint, operation string
+	cmd := &cobra.Command{
+		Use:   "explain --caller ID [--endpoint E --operation O --resource R]",
+		Short: "Say what a caller may do, and why",
+		Long: `Explain decides a request as the gateway would and names the grants that decide and those that nearly do. With
+only --caller it lists everything that the caller may do. It asks the running ` + "`up`" + `, or with -f reads documents.`,
+		Example: `  sallyport explain --caller spiffe://example.org/rag-app
+  sallyport explain --caller spiffe://example.org/rag-app --endpoint chat --operation Infer --resource smollm2
+  sallyport explain -f examples/rag/sallyport --caller spiffe://example.org/intern`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r.Endpoint, r.Operation = segment.EndpointName(endpoint), segment.Operation(operation)
+			if r.Caller == "" {
+				return usage("name a SPIFFE ID, as in --caller spiffe://example.org/rag-app", "--caller is missing")
+			}
+			if !strings.HasPrefix(r.Caller, "spiffe://") {
+				r.Caller = "spiffe://" + d.trustDomain + "/" + strings.TrimPrefix(r.Caller, "/")
+			}
+			if endpoint == "" && operation == "" && r.Resource == "" {
+				rights, err := rightsOf(cmd.Context(), &d, from, state, r.Caller)
+				if err != nil {
+					return err
+				}
+				return o.print(cmd.OutOrStdout(), rights, func() error { return writeRights(cmd.OutOrStdout(), r.Caller, rights) })
+			}
+			if endpoint == "" || operation == "" || r.Resource == "" {
+				return usage("give all three of --endpoint, --operation and --resource, or none", "part of the request is missing")
+			}
+			if !slices.Contains(segment.Operations(), r.Operation) && r.Operation != segment.Discover && r.Operation != segment.Enter {
+				return usage(fmt.Sprintf("operations are %v", segment.Operations()), "unknown operation %q", operation)
+			}
+			ex, err := explanation(cmd.Context(), &d, from, state, r)
+			if err != nil {
+				return err
+			}
+			return o.print(cmd.OutOrStdout(), ex, func() error { return writeExplanation(cmd.OutOrStdout(), ex) })
+		},
+	}
+	cmd.Flags().StringVar(&r.Caller, "caller", "", "SPIFFE ID of the caller, or its path in the trust domain")
+	cmd.Flags().StringVar(&endpoint, "endpoint", "", "endpoint that it asks")
+	cmd.Flags().StringVar(&operation, "operation", "", "what it wants to do")
+	cmd.Flags().StringVar(&r.Resource, "resource", "", "model or collection")
+	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from this folder instead of asking `up`")
+	stateFlag(cmd.Flags(), &state)
+	d.add(cmd.Flags())
+	o.add(cmd)
+	return cmd
+}
+
+func explanation(ctx context.Context, d *deployment, from, state string, r authz.Request) (authz.Explanation, error) {
+	if from == "" {
+		return ask(ctx, state, func(c *operator.Client) (ex authz.Explanation, err error) {
+			return ex, c.Get(ctx, "/explain", url.Values{"caller": {r.Caller}, "endpoint": {string(r.Endpoint)},
+				"operation": {string(r.Operation)}, "resource": {r.Resource}}, &ex)
+		})
+	}
+	cfg, err := d.assemble(from)
+	if err != nil {
+		return authz.Explanation{}, err
+	}
+	now := time.Now()
+	return authz.Explain(authz.Compile(&cfg, now), &cfg, r, now), nil
+}
+
+func rightsOf(ctx context.Context, d *deployment, from, state, caller string) ([]authz.Right, error) {
+	if from == "" {
+		return ask(ctx, state, func(c *operator.Client) (rights []authz.Right, err error) {
+			return rights, c.Get(ctx, "/rights", url.Values{"caller": {caller}}, &rights)
+		})
+	}
+	cfg, err := d.assemble(from)
+	if err != nil {
+		return nil, err
+	}
+	return authz.RightsOf(authz.Compile(&cfg, time.Now()), caller), nil
+}
+
+func writeExplanation(w io.Writer, ex authz.Explanation) error {
+	verdict := "denied"
+	if ex.Decision.Allowed {
+		verdict = "allowed"
+	}
+	r := ex.Request
+	fmt.Fprintf(w, "%s: %s %s at %s, for %s\n  decided by %s\n", verdict, r.Operation, r.Resource, r.Endpoint, r.Caller, ex.Decision.Rule)
+	if ex.Decision.ShadowAllowed != ex.Decision.Allowed || ex.Decision.ShadowRule != ex.Decision.Rule {
+		shadow := "deny"
+		if ex.Decision.ShadowAllowed {
+			shadow = "allow"
+		}
+		fmt.Fprintf(w, "  with the shadow grants enforced, %s would %s it\n", ex.Decision.ShadowRule, shadow)
+	}
+	for _, reason := range ex.Deciding {
+		fmt.Fprintf(w, "  grant %s %s (%s)\n", reason.Grant, reason.Says, reason.Pos)
+	}
+	if !ex.Decision.Allowed && len(ex.Near) > 0 {
+		fmt.Fprintln(w, "near misses:")
+		for _, reason := range ex.Near[:min(10, len(ex.Near))] {
+			fmt.Fprintf(w, "  grant %s %s (%s)\n", reason.Grant, reason.Says, reason.Pos)
+		}
+	}
+	return nil
+}
+
+func writeRights(w io.Writer, caller string, rights []authz.Right) error {
+	if len(rights) == 0 {
+		_, err := fmt.Fprintf(w, "%s may do nothing: no grant names it\n", caller)
+		return err
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "ENDPOINT\tOPERATION\tRESOURCE\tVERDICT\tBY")
+	for _, r := range rights {
+		verdict, rule := "denied", string(r.Rule)
+		if r.Allowed {
+			verdict = "allowed"
+		}
+		if r.Shadow != r.Leaf {
+			rule += fmt.Sprintf(" (shadow: allowed=%t by %s)", r.Shadow.Allowed, r.Shadow.Rule)
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", r.Endpoint, r.Operation, r.Resource, verdict, rule)
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintln(w, "Everything else is denied.")
+	return err
+}
+
+func renderCommand() *cobra.Command {
+	var d deployment
+	var from, state, format string
+	cmd := &cobra.Command{
+		Use:   "render",
+		Short: "Show the Envoy resources that the documents become",
+		Long:  "Render shows what the gateway is sent, as YAML. It asks the running `up`, or with -f reads documents.",
+		Args:  noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			text, err := rendered(cmd.Context(), &d, from, state)
+			if err != nil {
+				return err
+			}
+			switch format {
+			case "yaml":
+				if text, err = yaml.JSONToYAML(text); err != nil {
+					return fmt.Errorf("write YAML: %w", err)
+				}
+			case "json":
+			default:
+				return usage("use -o yaml or -o json", "unknown output format %q", format)
+			}
+			_, err = cmd.OutOrStdout().Write(text)
+			return err
+		},
+	}
+	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from this folder instead of asking `up`")
+	cmd.Flags().StringVarP(&format, "output", "o", "yaml", "yaml or json")
+	stateFlag(cmd.Flags(), &state)
+	d.add(cmd.Flags())
+	return cmd
+}
+
+func rendered(ctx context.Context, d *deployment, from, state string) (json.RawMessage, error) {
+	if from == "" {
+		return ask(ctx, state, func(c *operator.Client) (text json.RawMessage, err error) {
+			return text, c.Get(ctx, "/render", nil, &text)
+		})
+	}
+	cfg, err := d.assemble(from)
+	if err != nil {
+		return nil, err
+	}
+	g, err := controlplane.Generate(cfg, nil, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	return envoy.Render(g.Resources)
+}

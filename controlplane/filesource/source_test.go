@@ -1,0 +1,299 @@
+package filesource
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"sallyport.dev/api/v1alpha1"
+)
+
+func workload(name string) string {
+	return fmt.Sprintf(`apiVersion: sallyport.dev/v1alpha1
+kind: Workload
+metadata: {name: %s}
+spec:
+  spiffeID: spiffe://example.org/%[1]s
+  selectors: ["unix:uid:1"]
+`, name)
+}
+
+// summary is what a test needs to know of documents: their names, or the code of what is wrong with them.
+func summary(docs []v1alpha1.Document) string {
+	var all []string
+	for _, d := range docs {
+		if ps := d.Problems(); ps != nil {
+			all = append(all, filepath.Base(ps[0].Pos.File)+"!"+ps[0].Code)
+			continue
+		}
+		all = append(all, d.Metadata.Name)
+	}
+	return strings.Join(all, " ")
+}
+
+// must fails the test if any of the errors is one.
+func must(t testing.TB, errs ...error) {
+	t.Helper()
+	for _, err := range errs {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// write writes a file and the folders that it needs, in place.
+func write(t testing.TB, text string, path ...string) {
+	t.Helper()
+	file := filepath.Join(path...)
+	must(t, os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644))
+}
+
+// replace renames a new file over another.
+func replace(t testing.TB, text string, path ...string) {
+	t.Helper()
+	file := filepath.Join(path...)
+	write(t, text, file+".new")
+	must(t, os.Rename(file+".new", file))
+}
+
+func TestRead(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"b.yaml", "a.yml", "c.json", "sub/d.yaml", "yaml.yaml/e.yaml",
+		".hidden.yaml", ".git/f.yaml", "..data/g.yaml", "h.yaml~", "#i.yaml#", "j.yaml.swp", "k.txt", "sub/deeper/l.yaml", "yaml"} {
+		write(t, workload(strings.Map(func(r rune) rune {
+			if r < 'a' || r > 'z' {
+				return '-'
+			}
+			return r
+		}, name)), dir, name)
+	}
+	must(t, os.Symlink(filepath.Join(dir, "b.yaml"), filepath.Join(dir, "m.yaml")),
+		os.Symlink(filepath.Join(dir, "..data"), filepath.Join(dir, "n")))
+	want := "a-yml b-yaml c-json b-yaml --data-g-yaml sub-d-yaml yaml-yaml-e-yaml"
+	if got := summary(Read(dir)); got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	if got := summary(Read(filepath.Join(dir, "k.txt"))); got != "k-txt" {
+		t.Errorf("a single file: %s", got)
+	}
+}
+
+func TestUnreadable(t *testing.T) {
+	dir := t.TempDir()
+	must(t, syscall.Mkfifo(filepath.Join(dir, "pipe.yaml"), 0o644), os.Symlink("nowhere", filepath.Join(dir, "link.yaml")))
+	write(t, "", dir, "empty.yaml")
+	write(t, workload("good"), dir, "good.yaml")
+	write(t, strings.Repeat("#", v1alpha1.MaxBytes)+"#", dir, "large.yaml")
+	want := "empty.yaml!unfinished good large.yaml!too-large link.yaml!unreadable pipe.yaml!unreadable"
+	docs := Read(dir)
+	if got := summary(docs); got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	if got := summary(Read(filepath.Join(dir, "no"))); got != "no!unreadable" {
+		t.Errorf("no folder: %s", got)
+	}
+	for i := range 4 {
+		write(t, strings.Repeat("\xff", v1alpha1.MaxBytes), dir, fmt.Sprintf("z%d.yaml", i))
+	}
+	if got := summary(Read(dir)); !strings.HasSuffix(got, " z0.yaml!not-utf8 z1.yaml!not-utf8 z2.yaml!too-large") {
+		t.Errorf("all files together: %s", got)
+	}
+}
+
+// follow runs a source and returns a function that waits until its newest snapshot is as wanted.
+func follow(t testing.TB, path string) (wait func(want string) v1alpha1.Snapshot) {
+	return followEach(t, path, time.Hour)
+}
+
+func followEach(t testing.TB, path string, round time.Duration) (wait func(want string) v1alpha1.Snapshot) {
+	ctx, cancel := context.WithCancel(context.Background())
+	out, done := make(chan v1alpha1.Snapshot), make(chan error)
+	go func() { done <- Source{Path: path, Log: slog.New(slog.DiscardHandler), blindly: round}.Run(ctx, out) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return func(want string) v1alpha1.Snapshot {
+		t.Helper()
+		var seen []string
+		for deadline := time.After(10 * time.Second); ; {
+			select {
+			case s := <-out:
+				if got := summary(s.Documents); got == want {
+					return s
+				} else if !slices.Contains(seen, got) {
+					seen = append(seen, got)
+				}
+			case <-deadline:
+				t.Fatalf("never %q, only %q", want, seen)
+			}
+		}
+	}
+}
+
+func TestFollowFolder(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "documents")
+	must(t, os.Mkdir(dir, 0o755))
+	wait := follow(t, dir)
+	wait("")
+	before := time.Now()
+	write(t, workload("a"), dir, "a.yaml")
+	if s := wait("a"); s.Noticed.Before(before) || s.Noticed.After(time.Now()) {
+		t.Errorf("noticed at %v, written at %v", s.Noticed, before)
+	}
+	replace(t, workload("b"), dir, "a.yaml")
+	wait("b")
+
+	f, err := os.OpenFile(filepath.Join(dir, "a.yaml"), os.O_WRONLY|os.O_TRUNC, 0)
+	must(t, err)
+	wait("a.yaml!unfinished")
+	text := workload("c")
+	_, err = f.WriteString(text[:len(text)-4])
+	must(t, err)
+	wait("a.yaml!syntax")
+	_, err = f.WriteString(text[len(text)-4:])
+	must(t, err, f.Close())
+	wait("c")
+
+	write(t, workload("d"), dir, "sub/d.yaml")
+	wait("c d")
+	write(t, workload("e"), dir, "sub/d.yaml")
+	wait("c e")
+	must(t, os.Remove(filepath.Join(dir, "a.yaml")))
+	wait("e")
+	must(t, os.RemoveAll(dir))
+	wait("documents!unreadable")
+	write(t, workload("f"), dir, "a.yaml")
+	wait("f")
+	write(t, workload("g"), dir, "a.yaml")
+	wait("g")
+
+	// Another folder by the same name.
+	write(t, workload("h"), dir+".new", "a.yaml")
+	must(t, os.Rename(dir, dir+".old"), os.Rename(dir+".new", dir))
+	wait("h")
+	write(t, workload("i"), dir, "a.yaml")
+	wait("i")
+}
+
+// As kubelet does it: all files of a mounted ConfigMap lead through one link, which is replaced.
+func TestFollowConfigMap(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	write(t, workload("a"), dir, "..1/a.yaml")
+	write(t, workload("b"), dir, "..2/a.yaml")
+	must(t, os.Symlink("..1", filepath.Join(dir, "..data")), os.Symlink("..data/a.yaml", filepath.Join(dir, "a.yaml")))
+	folder, single := follow(t, dir), follow(t, filepath.Join(dir, "a.yaml"))
+	folder("a")
+	single("a")
+	must(t, os.Symlink("..2", filepath.Join(dir, "..tmp")), os.Rename(filepath.Join(dir, "..tmp"), filepath.Join(dir, "..data")))
+	folder("b")
+	single("b")
+}
+
+func TestFollowLinkToFolder(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	write(t, workload("a"), dir, "1/a.yaml")
+	write(t, workload("b"), dir, "2/a.yaml")
+	current := filepath.Join(dir, "current")
+	must(t, os.Symlink("1", current))
+	wait := follow(t, current)
+	wait("a")
+	must(t, os.Symlink("2", current+".new"), os.Rename(current+".new", current))
+	wait("b")
+	write(t, workload("c"), dir, "2/a.yaml")
+	wait("c")
+}
+
+func TestFollowFile(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "not", "there", "grants")
+	wait := followEach(t, file, 2*quiet)
+	wait("grants!unreadable")
+	write(t, workload("a"), file) // its folders are new as well: only the next round can tell
+	wait("a")
+	replace(t, workload("b"), file)
+	wait("b")
+	must(t, os.Remove(file))
+	wait("grants!unreadable")
+}
+
+// A writer who never stops must not keep the changes of others waiting.
+func TestRestlessWriter(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	log, err := os.Create(filepath.Join(dir, "log.yaml"))
+	must(t, err)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for tick := time.NewTicker(quiet / 10); ; {
+			select {
+			case <-tick.C:
+				_, _ = log.WriteString("# still here\n")
+			case <-stop:
+				return
+			}
+		}
+	}()
+	defer func() { close(stop); <-stopped; log.Close() }()
+	wait := follow(t, dir)
+	wait("")
+	write(t, workload("a"), dir, "a.yaml")
+	wait("a")
+}
+
+// Documents that did not change are the same values, not only equal ones.
+func TestOnlyWhatChangedIsDecoded(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	write(t, workload("a")+"---\n"+workload("b"), dir, "a.yaml")
+	wait := follow(t, dir)
+	before := wait("a b").Documents
+	write(t, workload("c")+"---\n"+workload("b"), dir, "a.yaml")
+	after := wait("c b").Documents
+	if before[1].Spec != after[1].Spec || before[0].Spec == after[0].Spec {
+		t.Error("decoded what had not changed")
+	}
+	if diff := cmp.Diff(after[1].Problems(), before[1].Problems()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// From a renamed file to the snapshot, in a file of 10,000 documents of which one changes. 20 ms of it are waiting
+// for the writer to be done.
+func BenchmarkChange(b *testing.B) {
+	dir := b.TempDir()
+	var rest strings.Builder
+	for i := range 10_000 {
+		rest.WriteString("---\n" + workload(fmt.Sprintf("w-%d", i)))
+	}
+	replace(b, workload("first")+rest.String(), dir, "a.yaml")
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	out := make(chan v1alpha1.Snapshot)
+	go Source{Path: dir, Log: slog.New(slog.DiscardHandler)}.Run(ctx, out)
+	<-out
+	for i := 0; b.Loop(); i++ {
+		b.StopTimer()
+		text := workload(fmt.Sprintf("first-%d", i)) + rest.String()
+		b.StartTimer()
+		replace(b, text, dir, "a.yaml")
+		if s := <-out; s.Documents[0].Metadata.Name != fmt.Sprintf("first-%d", i) {
+			b.Fatal("an old snapshot")
+		}
+	}
+}

@@ -1,0 +1,63 @@
+// Package controlplane is the pipeline from documents to gateways: whatever arrives is made into a generation, a
+// generation is checked, and only then everybody is told.
+//
+// It is for cmd, which connects sources and sinks to it. A generation is immutable and published whole. The last
+// good one stays in force when new input is bad, and nothing is published before the first.
+package controlplane
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"sallyport.dev/authz"
+	"sallyport.dev/controlplane/envoy"
+	"sallyport.dev/segment"
+)
+
+// Digest names a generation by its content: equal content, equal digest.
+type Digest string
+
+// Short is the digest as people read it.
+func (d Digest) Short() string { return string(d[:min(len(d), 12)]) }
+
+// Generation is a configuration and everything that was made of it, at one moment.
+type Generation struct {
+	Digest    Digest
+	Config    segment.Config
+	Policy    *authz.Policy
+	Names     envoy.Names
+	Resources *envoy.Resources
+	Made      time.Time
+}
+
+// Generate makes and checks a generation. An error is a defect of ours, not of the user's documents.
+func Generate(cfg segment.Config, names envoy.Names, now time.Time) (*Generation, error) {
+	g := &Generation{Config: cfg, Policy: authz.Compile(&cfg, now), Names: names, Made: now}
+	g.Resources = envoy.Lower(&cfg, g.Policy, names)
+	if err := envoy.Check(g.Resources); err != nil {
+		return nil, fmt.Errorf("check what was lowered: %w", err)
+	}
+	g.Digest = digest(g)
+	return g, nil
+}
+
+// digest covers the resources and the identities, which is all that has an effect.
+func digest(g *Generation) Digest {
+	h := sha256.New()
+	for field, m := range g.Resources.All() {
+		b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+		if err != nil {
+			panic("encode a resource that has been encoded before: " + err.Error())
+		}
+		fmt.Fprintf(h, "%s %d ", field, len(b))
+		h.Write(b)
+	}
+	for _, w := range g.Config.Workloads {
+		fmt.Fprintf(h, "%q %q %q\n", w.Name, w.ID, w.Selectors)
+	}
+	return Digest(hex.EncodeToString(h.Sum(nil)))
+}

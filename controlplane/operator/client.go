@@ -1,0 +1,60 @@
+package operator
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+)
+
+// Client asks a running control plane.
+type Client struct{ http http.Client }
+
+// NewClient returns a client of the control plane at a Unix socket. It does not connect yet.
+func NewClient(socket string) *Client {
+	return &Client{http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}}}}
+}
+
+// RefusedError is an answer of the control plane that is an error.
+type RefusedError struct{ Failure }
+
+func (e *RefusedError) Error() string { return e.Failure.Error }
+
+// Get asks for a path and decodes the answer.
+func (c *Client) Get(ctx context.Context, path string, query url.Values, into any) error {
+	body, err := c.Stream(ctx, path, query)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(body).Decode(into); err != nil {
+		return fmt.Errorf("read answer of the control plane: %w", err)
+	}
+	return nil
+}
+
+// Stream asks for a path and returns the answer as it comes. The caller closes it.
+func (c *Client) Stream(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://sallyport"+path+"?"+query.Encode(), nil)
+	if err != nil {
+		return nil, fmt.Errorf("ask the control plane: %w", err)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("ask the control plane: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		refused := &RefusedError{}
+		if json.NewDecoder(resp.Body).Decode(&refused.Failure) != nil {
+			refused.Failure.Error = resp.Status
+		}
+		return nil, refused
+	}
+	return resp.Body, nil
+}

@@ -1,0 +1,224 @@
+// Package operator is what a running control plane tells its operators: HTTP with JSON over a Unix socket that only
+// its own user can open.
+//
+// It is for the commands `status`, `explain`, `render`, `flows` and `traces`, which are its only client. It changes
+// nothing: documents are changed where they are kept.
+package operator
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport.dev/authz"
+	"sallyport.dev/controlplane"
+	"sallyport.dev/controlplane/envoy"
+	"sallyport.dev/controlplane/xds"
+	"sallyport.dev/segment"
+	"sallyport.dev/telemetry"
+	"sallyport.dev/telemetry/store"
+)
+
+// Server answers operators. All fields are needed.
+type Server struct {
+	About    About
+	Pipeline interface{ State() *controlplane.State }
+	Gateways interface{ Status() []xds.Status }
+	Store    *store.Store
+}
+
+// About is what does not change while a control plane runs.
+type About struct {
+	Version     string               `json:"version"`
+	Started     time.Time            `json:"started"`
+	TrustDomain spiffeid.TrustDomain `json:"trust_domain"`
+	Listen      string               `json:"listen"`          // where gateways accept callers
+	Workload    string               `json:"workload_socket"` // SPIFFE Workload API
+	OTLP        string               `json:"otlp"`            // where applications send spans
+}
+
+// Status is the state of everything.
+type Status struct {
+	About
+	Generation *Generation      `json:"generation"` // null: none yet, and everything is denied
+	Problems   segment.Problems `json:"problems,omitempty"`
+	Failure    string           `json:"failure,omitempty"`
+	Gateways   []xds.Status     `json:"gateways"`
+	Telemetry  store.Stats      `json:"telemetry"`
+}
+
+// Generation is a generation in numbers.
+type Generation struct {
+	Digest    controlplane.Digest `json:"digest"`
+	Made      time.Time           `json:"made"`
+	Endpoints int                 `json:"endpoints"`
+	Workloads int                 `json:"workloads"`
+	Grants    int                 `json:"grants"`
+}
+
+// Failure is the body of every answer that is an error.
+type Failure struct {
+	Error string `json:"error"`
+	Hint  string `json:"hint,omitempty"`
+}
+
+// Handler returns the API.
+func (s *Server) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", s.status)
+	mux.HandleFunc("GET /explain", s.explain)
+	mux.HandleFunc("GET /rights", s.rights)
+	mux.HandleFunc("GET /render", s.render)
+	mux.HandleFunc("GET /flows", s.flows)
+	mux.HandleFunc("GET /traces", s.traces)
+	mux.HandleFunc("GET /traces/{id}", s.trace)
+	return mux
+}
+
+func (s *Server) status(w http.ResponseWriter, r *http.Request) {
+	state := s.Pipeline.State()
+	out := Status{About: s.About, Problems: state.Problems, Failure: state.Failure,
+		Gateways: s.Gateways.Status(), Telemetry: s.Store.Stats(r.Context())}
+	if g := state.Generation; g != nil {
+		out.Generation = &Generation{g.Digest, g.Made, len(g.Config.Endpoints), len(g.Config.Workloads), len(g.Config.Grants)}
+	}
+	answer(w, out)
+}
+
+// generation returns the one in force, or tells that there is none.
+func (s *Server) generation(w http.ResponseWriter) *controlplane.Generation {
+	g := s.Pipeline.State().Generation
+	if g == nil {
+		fail(w, http.StatusConflict, Failure{"no generation has been published yet, so everything is denied", "see `sallyport status`"})
+	}
+	return g
+}
+
+func (s *Server) explain(w http.ResponseWriter, r *http.Request) {
+	if g := s.generation(w); g != nil {
+		q := r.URL.Query()
+		answer(w, authz.Explain(g.Policy, &g.Config, authz.Request{
+			Caller: q.Get("caller"), Endpoint: segment.EndpointName(q.Get("endpoint")),
+			Operation: segment.Operation(q.Get("operation")), Resource: q.Get("resource")}, time.Now()))
+	}
+}
+
+func (s *Server) rights(w http.ResponseWriter, r *http.Request) {
+	if g := s.generation(w); g != nil {
+		answer(w, authz.RightsOf(g.Policy, r.URL.Query().Get("caller")))
+	}
+}
+
+func (s *Server) render(w http.ResponseWriter, _ *http.Request) {
+	if g := s.generation(w); g != nil {
+		text, err := envoy.Render(g.Resources)
+		if err != nil {
+			fail(w, http.StatusInternalServerError, Failure{Error: err.Error()})
+			return
+		}
+		answer(w, text)
+	}
+}
+
+func (s *Server) flows(w http.ResponseWriter, r *http.Request) {
+	filter, err := filterOf(r)
+	if err != nil {
+		fail(w, http.StatusBadRequest, Failure{Error: err.Error()})
+		return
+	}
+	follow := r.URL.Query().Get("follow") == "true"
+	var live *store.Subscription
+	if follow {
+		live = s.Store.Follow(r.Context(), filter) // before asking for the past, so that nothing falls in between
+	}
+	past, err := s.Store.Flows(r.Context(), filter)
+	if err != nil && !errors.Is(err, store.ErrMemoryOnly) {
+		fail(w, http.StatusInternalServerError, Failure{Error: err.Error()})
+		return
+	}
+	w.Header().Set("content-type", "application/x-ndjson")
+	out := json.NewEncoder(w)
+	var newest int64
+	for i := len(past) - 1; i >= 0; i-- { // the oldest first, as they will go on
+		newest = max(newest, past[i].Seq)
+		_ = out.Encode(past[i])
+	}
+	if !follow {
+		return
+	}
+	flush := http.NewResponseController(w)
+	_ = flush.Flush()
+	for f := range live.Flows() {
+		if f.Seq <= newest {
+			continue
+		}
+		if out.Encode(f) != nil || flush.Flush() != nil {
+			return
+		}
+	}
+}
+
+func (s *Server) traces(w http.ResponseWriter, r *http.Request) {
+	filter, err := filterOf(r)
+	if err != nil {
+		fail(w, http.StatusBadRequest, Failure{Error: err.Error()})
+		return
+	}
+	traces, err := s.Store.Traces(r.Context(), filter)
+	if err != nil && !errors.Is(err, store.ErrMemoryOnly) {
+		fail(w, http.StatusInternalServerError, Failure{Error: err.Error()})
+		return
+	}
+	answer(w, traces)
+}
+
+func (s *Server) trace(w http.ResponseWriter, r *http.Request) {
+	trace, err := s.Store.Trace(r.Context(), r.PathValue("id"))
+	switch {
+	case errors.Is(err, store.ErrNoTrace):
+		fail(w, http.StatusNotFound, Failure{"no trace begins with " + r.PathValue("id"), "list them with `sallyport traces`"})
+	case errors.Is(err, store.ErrAmbiguous):
+		fail(w, http.StatusConflict, Failure{"several traces begin with " + r.PathValue("id"), "give more of the id"})
+	case err != nil && !errors.Is(err, store.ErrMemoryOnly):
+		fail(w, http.StatusInternalServerError, Failure{Error: err.Error()})
+	default:
+		answer(w, trace)
+	}
+}
+
+func filterOf(r *http.Request) (telemetry.FlowFilter, error) {
+	q := r.URL.Query()
+	f := telemetry.FlowFilter{Caller: segment.Pattern(q.Get("caller")), Endpoint: segment.EndpointName(q.Get("endpoint"))}
+	var err error
+	if v := q.Get("verdict"); v != "" {
+		if f.Verdict, err = telemetry.ParseVerdict(v); err != nil {
+			return f, err
+		}
+	}
+	if v := q.Get("since"); v != "" {
+		if f.Since, err = time.Parse(time.RFC3339Nano, v); err != nil {
+			return f, err
+		}
+	}
+	if v := q.Get("limit"); v != "" {
+		if f.Limit, err = strconv.Atoi(v); err != nil {
+			return f, err
+		}
+	}
+	return f, nil
+}
+
+func answer(w http.ResponseWriter, v any) {
+	w.Header().Set("content-type", "application/json")
+	_ = json.NewEncoder(w).Encode(v) // the operator has gone: nobody to tell
+}
+
+func fail(w http.ResponseWriter, code int, f Failure) {
+	w.Header().Set("content-type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(f)
+}
