@@ -77,6 +77,7 @@ func requests(e *segment.Endpoint) []*accesslogv3.AccessLog {
 		tag("endpoint", string(e.Name)),
 		tag("operation", "%METADATA(ROUTE:sallyport:operation)%"),
 		tag("trace_id", "%TRACE_ID%"),
+		tag("span_id", "%SPAN_ID%"),
 	}
 	return []*accesslogv3.AccessLog{accessLog("requests", &grpclogv3.HttpGrpcAccessLogConfig{CommonConfig: common}, nil)}
 }

@@ -24,7 +24,7 @@ def main():
                 model="smollm2", max_tokens=4, stream=True, messages=[{"role": "user", "content": "Hello"}]):
             pass
 
-    attempt("chat", "Discover", "*", "allow", "list the models: none", models)
+    attempt("chat", "Enter", "*", "deny", "list the models", models)
     attempt("chat", "Infer", "smollm2", "deny", "ask the model", ask("smollm2"))
     attempt("chat", "Infer", "smollm2", "deny", "ask the model, streamed", ask_streamed)
     attempt("chat", "Infer", "smollm2-private", "deny", "ask the private model", ask("smollm2-private"))

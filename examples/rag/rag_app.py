@@ -111,7 +111,7 @@ def best(question, sections):
 
 
 def probe(gateway, attempt, payroll):
-    """Tries what rag-app may not do. payroll is that collection's ID, which it could have learnt somewhere."""
+    """Tries what rag-app may not do, and looks at what it can see. payroll is that collection's ID, which it could have learnt somewhere."""
     chat, docs, http = gateway.chat(), gateway.docs(), gateway.http()
     vector = [1.0] + [0.0] * 575
     database = "/api/v2/tenants/default_tenant/databases/default_database"
@@ -120,8 +120,17 @@ def probe(gateway, attempt, payroll):
     def read_payroll(path):
         return lambda: http.post(path, json={"query_embeddings": [vector], "n_results": 3}).raise_for_status() and None
 
-    def get(path):
-        return lambda: http.get(path).raise_for_status() and None
+    def only_handbook(path):
+        def see():
+            found = [c["name"] for c in http.get(path).raise_for_status().json()]
+            if found != ["handbook"]:
+                raise AssertionError(f"sees {found}")
+        return see
+
+    def only_smollm2():
+        found = [model.id for model in chat.models.list()]
+        if found != ["smollm2"]:
+            raise AssertionError(f"sees {found}")
 
     def write():
         docs.get_collection("handbook", embedding_function=None).upsert(
@@ -140,7 +149,8 @@ def probe(gateway, attempt, payroll):
             read_payroll(f"{elsewhere}/collections/{payroll}/query"))
     attempt("docs", "Read", "payroll", "deny", "search it by its ID, spelt otherwise",
             read_payroll(f"{database}/collections/{payroll.replace('-', '').upper()}/query"))
-    attempt("docs", "", "*", "deny", "list all collections", get(f"{database}/collections"))
+    attempt("docs", "Enter", "*", "allow", "list the collections: handbook only", only_handbook(f"{database}/collections"))
+    attempt("chat", "Enter", "*", "allow", "list the models: smollm2 only", only_smollm2)
 
 
 def main():

@@ -92,7 +92,7 @@ func start(t *testing.T, program, do string, args ...string) child {
 	}
 	t.Cleanup(func() {
 		in.Close() // ends it
-		cmd.Wait()
+		_ = cmd.Wait()
 		r.Close()
 	})
 	return child{cmd, in, bufio.NewScanner(r)}

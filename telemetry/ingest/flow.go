@@ -19,7 +19,7 @@ import (
 const (
 	rbacMetadata     = "envoy.filters.http.rbac" // what Envoy's RBAC filter says it did
 	ourMetadata      = "sallyport"               // what extraction, routes and the usage filters say
-	resourceState    = "sallyport.resource"      // filter state; its value begins with "="
+	nameState        = "sallyport.name"          // filter state: the resource
 	defaultDeny      = "default-deny"
 	tagEndpoint      = "endpoint"
 	tagOperation     = "operation"
@@ -52,8 +52,8 @@ func FlowOf(entry *accesslogv3.HTTPAccessLogEntry, node *corev3.Node) telemetry.
 	f.Path = clip(path, maxText)
 	f.Status = int(resp.GetResponseCode().GetValue())
 	f.Detail = clip(resp.GetResponseCodeDetails(), maxText)
-	if why := ours.text("error"); why != "" {
-		f.Detail = strings.TrimPrefix(f.Detail+": "+why, ": ")
+	if why := ours.text("refused"); why != "" {
+		f.Detail = why
 	}
 	f.BytesIn, f.BytesOut = size(req.GetRequestBodyBytes()), size(resp.GetResponseBodyBytes())
 
@@ -137,7 +137,7 @@ func callerOf(common *accesslogv3.AccessLogCommon) spiffeid.ID {
 }
 
 func resourceOf(common *accesslogv3.AccessLogCommon, ours fields) string {
-	if state := common.GetFilterStateObjects()[resourceState]; state != nil {
+	if state := common.GetFilterStateObjects()[nameState]; state != nil {
 		if m, err := state.UnmarshalNew(); err == nil {
 			var value string
 			switch m := m.(type) {
@@ -147,11 +147,11 @@ func resourceOf(common *accesslogv3.AccessLogCommon, ours fields) string {
 				value = strings.ToValidUTF8(string(m.GetValue()), "\uFFFD")
 			}
 			if value != "" {
-				return clip(strings.TrimPrefix(value, "="), maxText)
+				return clip(value, maxText)
 			}
 		}
 	}
-	return ours.text("resource")
+	return ours.text("name")
 }
 
 // verdict reads the result of one RBAC engine. Only "allowed" allows; no result means the request was not judged.

@@ -125,7 +125,7 @@ func TestVerdict(t *testing.T) {
 func TestHeadersAreNotBelieved(t *testing.T) {
 	e := entry(t, map[string]any{"enforced_engine_result": "denied"}, 403, "rbac")
 	lies := map[string]string{
-		"enforced_engine_result": "allowed", "sallyport.resource": "public", "endpoint": "other", "x-forwarded-client-cert": "URI=spiffe://example.org/boss",
+		"enforced_engine_result": "allowed", "sallyport.name": "public", "endpoint": "other", "x-forwarded-client-cert": "URI=spiffe://example.org/boss",
 	}
 	e.Request = &accesslogv3.HTTPRequestProperties{RequestHeaders: lies, ForwardedFor: "spiffe://example.org/boss"}
 	f := FlowOf(e, nil)
@@ -135,10 +135,9 @@ func TestHeadersAreNotBelieved(t *testing.T) {
 }
 
 func TestResource(t *testing.T) {
-	str, _ := anypb.New(wrapperspb.String("=smollm2"))
-	equals, _ := anypb.New(wrapperspb.String("==x"))
-	raw, _ := anypb.New(wrapperspb.Bytes([]byte("=caf\xe9")))
-	none, _ := anypb.New(wrapperspb.String("="))
+	str, _ := anypb.New(wrapperspb.String("smollm2"))
+	raw, _ := anypb.New(wrapperspb.Bytes([]byte("caf\xe9")))
+	none, _ := anypb.New(wrapperspb.String(""))
 	for _, test := range []struct {
 		name     string
 		state    *anypb.Any
@@ -146,18 +145,17 @@ func TestResource(t *testing.T) {
 		want     string
 	}{
 		{"filter state wins", str, "other", "smollm2"},
-		{"only the first = goes", equals, "", "=x"},
 		{"bytes", raw, "", "caf\uFFFD"},
-		{"a resource without a name", none, "other", ""},
+		{"filter state without a value", none, "other", "other"},
 		{"metadata", nil, "handbook", "handbook"},
 		{"filter state of an unknown type", &anypb.Any{TypeUrl: "type.googleapis.com/no.such.Type"}, "handbook", "handbook"},
 		{"neither", nil, "", ""},
 	} {
 		e := entry(t, nil, 200, "")
-		ours, _ := structpb.NewStruct(map[string]any{"resource": test.metadata})
+		ours, _ := structpb.NewStruct(map[string]any{"name": test.metadata})
 		e.CommonProperties.Metadata.FilterMetadata[ourMetadata] = ours
 		if test.state != nil {
-			e.CommonProperties.FilterStateObjects = map[string]*anypb.Any{resourceState: test.state}
+			e.CommonProperties.FilterStateObjects = map[string]*anypb.Any{nameState: test.state}
 		}
 		if got := FlowOf(e, nil).Resource; got != test.want {
 			t.Errorf("%s: got %q, want %q", test.name, got, test.want)

@@ -1,0 +1,53 @@
+package authz_test
+
+import (
+	"flag"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"sallyport.dev/authz"
+	"sallyport.dev/test/corpus"
+)
+
+var update = flag.Bool("update", false, "write what is decided into the decision tables")
+
+const tables = "testdata/decisions"
+
+func policyOf(t *testing.T, c *corpus.Case) *authz.Policy {
+	config, err := c.Config()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return authz.Compile(&config, c.Now)
+}
+
+func TestDecisions(t *testing.T) {
+	if *update {
+		err := corpus.Update(tables, func(c *corpus.Case, l *corpus.Line) authz.Decision {
+			return authz.Decide(policyOf(t, c), l.Request)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	cases, err := corpus.Load(tables)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := 0
+	for _, c := range cases {
+		t.Run(c.Name, func(t *testing.T) {
+			policy := policyOf(t, &c)
+			for _, line := range c.Lines {
+				lines++
+				if diff := cmp.Diff(line.Want, authz.Decide(policy, line.Request)); diff != "" {
+					t.Errorf("%s: (-want +got)\n%s", line.Pos, diff)
+				}
+			}
+		})
+	}
+	if lines < 200 {
+		t.Errorf("only %d decisions", lines)
+	}
+}
