@@ -163,22 +163,25 @@ func (c *compiler) class(caller segment.Pattern) *Class {
 
 func (c *compiler) rights(statements []*statement) Rights {
 	rights := Rights{}
+	words := map[segment.Operation]Table[word]{}
 	everywhere := map[segment.Pattern]bool{}
 	for _, op := range c.operations {
-		points := map[segment.Pattern]Leaf{}
-		for _, s := range statements {
+		said := map[segment.Pattern]word{}
+		for i, s := range statements {
 			if slices.Contains(s.operations, op) {
 				for _, p := range s.resources {
-					points[p] = Leaf{}
+					said[p] = said[p].first(s.word(i))
 					everywhere[p] = true
 				}
 			}
 		}
-		if len(points) == 0 {
+		if len(said) == 0 {
 			continue
 		}
-		for p := range points {
-			points[p] = decideAt(statements, op, p)
+		words[op] = NewTable(said)
+		points := make(map[segment.Pattern]Leaf, len(said))
+		for p := range said {
+			points[p] = decideAt(statements, words[op], p)
 		}
 		rights[op] = NewTable(points)
 	}
@@ -188,40 +191,58 @@ func (c *compiler) rights(statements []*statement) Rights {
 	discover := make(map[segment.Pattern]Leaf, len(everywhere))
 	enter := Leaf{Rule: DefaultDeny}
 	for _, p := range slices.Sorted(maps.Keys(everywhere)) {
-		discover[p] = c.implied(statements, p)
+		discover[p] = c.implied(statements, words, p)
 		if discover[p].Allowed && !enter.Allowed {
 			enter = discover[p]
 		}
 	}
 	rights[segment.Discover] = NewTable(discover)
-	if enter.Allowed {
-		rights[segment.Enter] = NewTable(map[segment.Pattern]Leaf{"": enter})
-	}
+	// Also where it is denied: who falls to this class must find its answer here, not at a larger family of callers.
+	rights[segment.Enter] = NewTable(map[segment.Pattern]Leaf{"": enter})
 	return rights
 }
 
-// decideAt decides about all names that fall to the pattern p: a Deny that covers it, else an Allow, else nothing.
-func decideAt(statements []*statement, op segment.Operation, p segment.Pattern) Leaf {
-	leaf := Leaf{Rule: DefaultDeny}
-	for _, s := range statements {
-		if !slices.Contains(s.operations, op) || !slices.ContainsFunc(s.resources, func(q segment.Pattern) bool { return q.Covers(p) }) {
-			continue
-		}
-		if s.deny {
-			return Leaf{Rule: s.rule}
-		}
-		if !leaf.Allowed {
-			leaf = Leaf{Allowed: true, Rule: s.rule}
-		}
+// word is the first Deny and the first Allow that name a pattern, as places in the statements counted from 1; 0: none.
+type word struct{ deny, allow int }
+
+func (s *statement) word(i int) word {
+	if s.deny {
+		return word{deny: i + 1}
 	}
-	return leaf
+	return word{allow: i + 1}
+}
+
+// first is what both words say together.
+func (w word) first(v word) word {
+	if w.deny == 0 || v.deny != 0 && v.deny < w.deny {
+		w.deny = v.deny
+	}
+	if w.allow == 0 || v.allow != 0 && v.allow < w.allow {
+		w.allow = v.allow
+	}
+	return w
+}
+
+// decideAt decides about all names that fall to the pattern p: a Deny that covers it, else an Allow, else nothing.
+func decideAt(statements []*statement, words Table[word], p segment.Pattern) Leaf {
+	var all word
+	for w := range words.covering(p) {
+		all = all.first(w)
+	}
+	switch {
+	case all.deny > 0:
+		return Leaf{Rule: statements[all.deny-1].rule}
+	case all.allow > 0:
+		return Leaf{Allowed: true, Rule: statements[all.allow-1].rule}
+	}
+	return Leaf{Rule: DefaultDeny}
 }
 
 // implied decides about Discover: allowed where any operation is.
-func (c *compiler) implied(statements []*statement, p segment.Pattern) Leaf {
+func (c *compiler) implied(statements []*statement, words map[segment.Operation]Table[word], p segment.Pattern) Leaf {
 	denied := Leaf{Rule: DefaultDeny}
 	for _, op := range c.operations {
-		leaf := decideAt(statements, op, p)
+		leaf := decideAt(statements, words[op], p)
 		if leaf.Allowed {
 			return leaf
 		}

@@ -31,9 +31,14 @@ type Reason struct {
 // compiled from the same configuration at the same moment.
 func Explain(p *Policy, cfg *segment.Config, r Request, now time.Time) Explanation {
 	ex := Explanation{Request: r, Decision: Decide(p, r)}
+	denies := "denies it, which overrides every Allow"
+	if isImplied(r.Operation) && ex.Decision.Allowed {
+		denies = "denies a part of what is allowed, and what is left is enough"
+	}
+	served := serves(cfg, r)
 	for i := range cfg.Grants {
 		g := &cfg.Grants[i]
-		misses := closest(g, r)
+		misses := closest(g, r, served)
 		reason := Reason{Grant: g.Name, Pos: g.Pos, Effect: g.Effect}
 		state := ""
 		switch {
@@ -44,7 +49,7 @@ func Explain(p *Policy, cfg *segment.Config, r Request, now time.Time) Explanati
 		}
 		switch {
 		case len(misses) == 0 && state == "":
-			reason.Says = map[segment.Effect]string{segment.Allow: "allows it", segment.Deny: "denies it, which overrides every Allow"}[g.Effect]
+			reason.Says = map[segment.Effect]string{segment.Allow: "allows it", segment.Deny: denies}[g.Effect]
 			ex.Deciding = append(ex.Deciding, reason)
 		case len(misses) == 0:
 			reason.Says = fmt.Sprintf("would %s it, but %s", map[segment.Effect]string{segment.Allow: "allow", segment.Deny: "deny"}[g.Effect], state)
@@ -57,8 +62,18 @@ func Explain(p *Policy, cfg *segment.Config, r Request, now time.Time) Explanati
 	return ex
 }
 
+func isImplied(o segment.Operation) bool { return o == segment.Discover || o == segment.Enter }
+
+// serves reports whether the endpoint can have the resource: where models are declared there are no others.
+func serves(cfg *segment.Config, r Request) bool {
+	i := slices.IndexFunc(cfg.Endpoints, func(e segment.Endpoint) bool { return e.Name == r.Endpoint })
+	return i < 0 || len(cfg.Endpoints[i].Models) == 0 || slices.ContainsFunc(cfg.Endpoints[i].Models, func(m segment.Model) bool {
+		return m.Name == r.Resource || slices.Contains(m.Aliases, r.Resource)
+	})
+}
+
 // closest says in what the request differs from the grant, for the target that comes closest. Empty: in nothing.
-func closest(g *segment.Grant, r Request) []string {
+func closest(g *segment.Grant, r Request, served bool) []string {
 	var caller []string
 	if !slices.ContainsFunc(g.From, func(c segment.Caller) bool { return c.Matches(r.Caller) }) {
 		caller = []string{fmt.Sprintf("is for %s, not for %s", list(g.From, segment.Caller.String), r.Caller)}
@@ -69,11 +84,14 @@ func closest(g *segment.Grant, r Request) []string {
 		if to.Endpoint != r.Endpoint {
 			misses = append(misses, fmt.Sprintf("is about endpoint %s, not %s", to.Endpoint, r.Endpoint))
 		}
-		implied := r.Operation == segment.Discover || r.Operation == segment.Enter
-		if !implied && !slices.Contains(to.Operations, r.Operation) {
+		if !isImplied(r.Operation) && !slices.Contains(to.Operations, r.Operation) {
 			misses = append(misses, fmt.Sprintf("is for %s, not for %s", list(to.Operations, func(o segment.Operation) string { return string(o) }), r.Operation))
 		}
-		if r.Operation != segment.Enter && !slices.ContainsFunc(to.Resources, func(p segment.Pattern) bool { return p.Matches(r.Resource) }) {
+		switch covers := slices.ContainsFunc(to.Resources, func(p segment.Pattern) bool { return p.Matches(r.Resource) }); {
+		case r.Operation == segment.Enter:
+		case covers && !served:
+			misses = append(misses, fmt.Sprintf("covers %s, but endpoint %s has no such model", r.Resource, r.Endpoint))
+		case !covers:
 			misses = append(misses, fmt.Sprintf("is for %s, not for %s", list(to.Resources, func(p segment.Pattern) string { return string(p) }), r.Resource))
 		}
 		if i == 0 || len(misses) < len(best) {
@@ -131,10 +149,8 @@ func RightsOf(p *Policy, caller string) []Right {
 	return rights
 }
 
-// at decides about all names that fall to the pattern.
+// at decides about all names that fall to the pattern. A name that ends in "*" is nobody's exact name, so that it
+// falls to the longest prefix, as they do.
 func (r Rights) at(op segment.Operation, pattern segment.Pattern) Leaf {
-	if leaf, ok := r[op].entries[pattern]; ok {
-		return leaf
-	}
-	return r.Lookup(op, pattern.Stem())
+	return r.Lookup(op, string(pattern))
 }

@@ -44,6 +44,23 @@ func (t Table[V]) Lookup(name string) (V, bool) {
 	return none, false
 }
 
+// covering yields the values of all entries that cover the pattern.
+func (t Table[V]) covering(p segment.Pattern) iter.Seq[V] {
+	return func(yield func(V) bool) {
+		if v, ok := t.entries[p]; ok && !yield(v) {
+			return
+		}
+		stem := p.Stem()
+		for _, n := range t.lengths {
+			if n < len(stem) || n == len(stem) && !p.IsPrefix() {
+				if v, ok := t.entries[segment.Pattern(stem[:n]+"*")]; ok && !yield(v) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // Len returns the number of entries.
 func (t Table[V]) Len() int { return len(t.entries) }
 

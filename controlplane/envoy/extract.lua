@@ -192,6 +192,13 @@ end
 
 local UUID = "^" .. ("%x"):rep(8):gsub("%%x", "[0-9a-f]") .. ("%-" .. ("[0-9a-f]"):rep(4)):rep(3) .. "%-" .. ("[0-9a-f]"):rep(12) .. "$"
 
+-- Envoy lets an authority of the trust domain write any letters into a name. Only what is a SPIFFE ID (SPIFFE-ID,
+-- section 2) can't be read as the beginning of another question.
+local function has_spiffe_id(handle)
+  local names = handle:streamInfo():downstreamSslConnection():uriSanPeerCertificate()
+  return #names == 1 and find(names[1], "^spiffe://[a-z0-9%._-]+/[%w%._/-]+$") ~= nil
+end
+
 local function refuse(handle, status, why)
   handle:streamInfo():dynamicMetadata():set(SPACE, "refused", why)
   handle:respond({ [":status"] = tostring(status) }, "The request has " .. why .. ".")
@@ -206,6 +213,7 @@ function envoy_on_request(handle)
   local wants = handle:filterContext()
   local from, key, segment, rest = wants:get("from"), wants:get("key"), wants:get("segment"), wants:get("rest")
   if not from then return end -- in no table: denied, because nothing is resolved
+  if not has_spiffe_id(handle) then return end
 
   local name
   if from == "body" then

@@ -52,7 +52,9 @@ func tracing(e *segment.Endpoint) *hcmv3.HttpConnectionManager_Tracing {
 	return &hcmv3.HttpConnectionManager_Tracing{
 		RandomSampling:    &typev3.Percent{Value: 100},
 		OverallSampling:   &typev3.Percent{Value: 100},
+		Operation:         "%METADATA(ROUTE:sallyport:operation)% " + name,
 		SpawnUpstreamSpan: wrapperspb.Bool(true),
+		UpstreamOperation: "to %UPSTREAM_CLUSTER%",
 		CustomTags:        tags,
 		Provider: &tracev3.Tracing_Http{Name: "opentelemetry", ConfigType: &tracev3.Tracing_Http_TypedConfig{
 			TypedConfig: pack(&tracev3.OpenTelemetryConfig{GrpcService: grpcTo(ControlCluster), ServiceName: "sallyport-gateway"})}},

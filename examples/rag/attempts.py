@@ -22,14 +22,15 @@ class Attempts:
         self.surprises = 0
 
     def __call__(self, endpoint, operation, resource, expect, what, action, **more):
-        """Calls action(), which returns the tokens it used, if any. Reports and swallows what it raises; more goes
+        """Calls action(), which may return the number of tokens it used. Reports and swallows what it raises; more goes
         into the line. Returns whether it was as expected."""
         gateway, tokens, error = self._gateway, None, None
         gateway.last = None
         with gateway.tracer.start_as_current_span(f"{operation or 'GET'} {resource}") as span:
             started, clock = time.time(), time.perf_counter()
             try:
-                tokens = action()
+                result = action()
+                tokens = result if isinstance(result, int) else None
             except Exception as raised:  # the libraries share no base class, and any error is a result here
                 error = raised
             ms = (time.perf_counter() - clock) * 1000

@@ -32,12 +32,12 @@ def main():
             lambda: chat.embeddings.create(model="smollm2", input="Hello").usage.total_tokens)
 
     def find(name):  # the client's own first requests may be refused as well
-        return lambda: gateway.docs().get_collection(name, embedding_function=None) and None
+        return lambda: gateway.docs().get_collection(name, embedding_function=None)
 
     attempt("docs", "Read", "handbook", "deny", "find the collection", find("handbook"))
     attempt("docs", "Read", "payroll", "deny", "find the collection", find("payroll"))
     attempt("docs", "Admin", "intern-notes", "deny", "create a collection",
-            lambda: gateway.docs().create_collection("intern-notes", embedding_function=None) and None)
+            lambda: gateway.docs().create_collection("intern-notes", embedding_function=None))
     attempt("docs", "Admin", "handbook", "deny", "delete the collection",
             lambda: gateway.docs().delete_collection("handbook"))
     return attempt.surprises > 0

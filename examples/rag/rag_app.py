@@ -92,7 +92,7 @@ class Rag:
         nothing = [1.0] + [0.0] * 575
         target, action = {
             "Infer": (("chat", "Infer", MODEL), lambda: self.complete(prompt, tokens)),
-            "Read": (("docs", "Read", "handbook"), lambda: self.search(nothing) and None),
+            "Read": (("docs", "Read", "handbook"), lambda: self.search(nothing)),
         }[operation]
         for _ in itertools.count() if count is None else range(count):
             identity = self._gateway.identity
@@ -118,7 +118,7 @@ def probe(gateway, attempt, payroll):
     elsewhere = "/api/v2/tenants/other_tenant/databases/other_database"
 
     def read_payroll(path):
-        return lambda: http.post(path, json={"query_embeddings": [vector], "n_results": 3}).raise_for_status() and None
+        return lambda: http.post(path, json={"query_embeddings": [vector], "n_results": 3}).raise_for_status()
 
     def only_handbook(path):
         def see():
@@ -139,11 +139,11 @@ def probe(gateway, attempt, payroll):
     attempt("chat", "Infer", "smollm2-private", "deny", "ask the private model", lambda: chat.chat.completions.create(
         model="smollm2-private", max_tokens=4, messages=[{"role": "user", "content": "Hello"}]).usage.total_tokens)
     attempt("chat", "", "/slots", "deny", "look at other callers' requests",
-            lambda: chat.with_options(base_url=gateway.chat_url).get("/slots", cast_to=object) and None)
+            lambda: chat.with_options(base_url=gateway.chat_url).get("/slots", cast_to=object))
     attempt("docs", "Write", "handbook", "deny", "write a record", write)
     attempt("docs", "Admin", "handbook", "deny", "delete the collection", lambda: docs.delete_collection("handbook"))
     attempt("docs", "Read", "payroll", "deny", "find the collection by its name",
-            lambda: docs.get_collection("payroll", embedding_function=None) and None)
+            lambda: docs.get_collection("payroll", embedding_function=None))
     attempt("docs", "Read", "payroll", "deny", "search it by its ID", read_payroll(f"{database}/collections/{payroll}/query"))
     attempt("docs", "Read", "payroll", "deny", "search it by its ID, as if in another database",
             read_payroll(f"{elsewhere}/collections/{payroll}/query"))

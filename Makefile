@@ -1,0 +1,57 @@
+# Needs Go, GNU make 4, Python 3.11 with its venv module, and a C compiler (for the race detector only).
+# Go modules and pip bring everything else. What is made stands under .parts/.
+
+FUZZTIME ?= 10s
+venv := $(CURDIR)/.parts/venv
+
+export PYTHONDONTWRITEBYTECODE := 1
+export GOLANGCI_LINT_CACHE := $(CURDIR)/.parts/golangci-lint
+
+.PHONY: help build parts demo up test vet lint unit fuzz python bench golden lock clean
+.NOTPARALLEL: test
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+build: ## Build .parts/bin/sallyport
+	go build -o .parts/bin/ ./cmd/sallyport
+
+parts: ## Install what the demo runs: Envoy, a model server with its model, Chroma, their clients
+	deploy/parts/install.sh
+
+demo: build parts ## Run the RAG application behind the gateway, and check every verdict
+	go run ./test/demo
+
+up: build parts ## Start the demo and leave it running until Ctrl-C
+	go run ./test/demo -stay
+
+test: parts vet lint unit fuzz python demo ## Everything that must pass, in this order
+
+vet:
+	go vet ./...
+
+lint: ## Look for mistakes (.golangci.yaml)
+	go tool -modfile=tools/go.mod golangci-lint run ./...
+
+unit: parts ## Run the Go tests under the race detector
+	go test -race ./...
+
+fuzz: ## Fuzz every target for FUZZTIME (10s)
+	@grep -rEo --include='*_test.go' '^func Fuzz\w+' */ | while IFS=: read -r file target; do \
+		(set -x; go test ./$${file%/*} -run '^$$' -fuzz "^$${target#func }\$$" -fuzztime $(FUZZTIME)) || exit; \
+	done
+
+python: parts ## Run the tests of the examples
+	cd examples/rag && $(venv)/bin/python -m unittest discover -p '*_test.py'
+
+bench: build parts ## Measure what the gateway costs
+	go run ./test/bench
+
+golden: ## Write the golden files anew; read the difference before you commit it
+	go test $$(grep -rl --include='*_test.go' 'flag.Bool("update"' */ | sed 's|^|./|; s|/[^/]*$$||' | sort -u) -update
+
+lock: ## Write the lock files of the parts anew (needs uv)
+	deploy/parts/lock.sh
+
+clean: ## Remove .parts/
+	rm -rf .parts

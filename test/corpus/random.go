@@ -1,0 +1,121 @@
+package corpus
+
+import (
+	"fmt"
+	"strings"
+
+	"pgregory.net/rapid"
+
+	"sallyport.dev/api/v1alpha1"
+	"sallyport.dev/authz"
+	"sallyport.dev/segment"
+)
+
+// Small alphabets, so that what is granted, denied and asked for collides.
+var (
+	paths     = []string{"/a", "/b", "/t", "/t/a", "/t/u/a", "/t/u/b"}
+	callers   = append([]string{"/t/*", "/t/u/*", "/*"}, paths...)
+	resources = []string{"a", "ab", "abc", "b", "a*", "ab*", "b*", "*"}
+)
+
+// Early, Between and Late are before, at and after the moment that some of the random grants expire at.
+const (
+	Early   = "2026-01-01T00:00:00Z"
+	Between = "2026-06-01T00:00:00Z"
+	Late    = "2026-12-01T00:00:00Z"
+)
+
+const head = "---\napiVersion: sallyport.dev/v1alpha1\nkind: %s\nmetadata: {name: %s}\nspec: "
+
+// Endpoints are documents: one with models in two pools, one with any model, and one with collections.
+func Endpoints() []string {
+	const backend = "{name: %s, addresses: ['127.0.0.1:%d'], tls: {mode: None}}"
+	spec := func(name, protocol, more string, backends ...string) string {
+		return fmt.Sprintf(head, "Endpoint", name) +
+			fmt.Sprintf("{hostnames: [%s.internal], protocol: %s, backends: [%s]%s}\n", name, protocol, strings.Join(backends, ", "), more)
+	}
+	one, two := fmt.Sprintf(backend, "one", 8001), fmt.Sprintf(backend, "two", 8002)
+	return []string{
+		spec("chat", "OpenAI", ", models: [{name: a, aliases: [abc], backends: [one]}, {name: ab}, {name: b, backends: [one]}]", one, two),
+		spec("open", "OpenAI", "", one),
+		spec("docs", "Chroma", "", two),
+	}
+}
+
+// Grant is a document with a random grant to one or two of the Endpoints.
+func Grant(name, effect, mode string) *rapid.Generator[string] {
+	return rapid.Custom(func(t *rapid.T) string {
+		var to []string
+		for range rapid.IntRange(1, 2).Draw(t, "targets") {
+			endpoint := rapid.SampledFrom([]string{"chat", "open", "docs"}).Draw(t, "endpoint")
+			operations := []string{"Infer", "Embed"}
+			if endpoint == "docs" {
+				operations = []string{"Read", "Write", "Admin"}
+			}
+			to = append(to, fmt.Sprintf("{endpoint: %s, operations: [%s], resources: ['%s']}", endpoint,
+				strings.Join(some(operations).Draw(t, "operations"), ", "), strings.Join(some(resources).Draw(t, "resources"), "', '")))
+		}
+		var from []string
+		for _, c := range some(callers).Draw(t, "callers") {
+			if c == "/*" {
+				from = append(from, "{trustDomain: example.org}")
+			} else {
+				from = append(from, fmt.Sprintf("{spiffeID: 'spiffe://example.org%s'}", c))
+			}
+		}
+		expires := ""
+		if rapid.IntRange(0, 4).Draw(t, "expires") == 0 {
+			expires = ", expires: '" + Between + "'"
+		}
+		return fmt.Sprintf(head+"{effect: %s, mode: %s, from: [%s], to: [%s]%s}\n", "Grant", name, effect, mode,
+			strings.Join(from, ", "), strings.Join(to, ", "), expires)
+	})
+}
+
+func some(of []string) *rapid.Generator[[]string] {
+	return rapid.SliceOfNDistinct(rapid.SampledFrom(of), 1, 3, rapid.ID[string])
+}
+
+// Grants are documents: up to ten random grants, some of them Deny and some in Shadow mode.
+func Grants() *rapid.Generator[[]string] {
+	return rapid.Custom(func(t *rapid.T) []string {
+		docs := make([]string, rapid.IntRange(0, 10).Draw(t, "grants"))
+		for i := range docs {
+			docs[i] = Grant(fmt.Sprintf("g%d", i), rapid.SampledFrom([]string{"Allow", "Allow", "Allow", "Deny"}).Draw(t, "effect"),
+				rapid.SampledFrom([]string{"Enforce", "Enforce", "Enforce", "Shadow"}).Draw(t, "mode")).Draw(t, "grant")
+		}
+		return docs
+	})
+}
+
+// Assemble makes a configuration of documents that have nothing wrong with them.
+func Assemble(t rapid.TB, docs []string) segment.Config {
+	t.Helper()
+	var all []v1alpha1.Document
+	for i, d := range docs {
+		all = append(all, v1alpha1.Decode(fmt.Sprintf("f%02d", i), []byte(d))...)
+	}
+	config, problems := v1alpha1.Assemble(all, Options())
+	if problems != nil {
+		t.Fatalf("%v\n%s", problems, strings.Join(docs, ""))
+	}
+	return config
+}
+
+// Requests are all requests that may make a difference to the Endpoints and Grants.
+func Requests() []authz.Request {
+	var all []authz.Request
+	for _, caller := range append([]string{"/c", "/t/c", "/t/u/c", "/t/u", ""}, paths...) {
+		for _, endpoint := range []string{"chat", "open", "docs", "nowhere"} {
+			for _, o := range append(segment.Operations(), segment.Discover, segment.Enter) {
+				for _, resource := range []string{"", "a", "ab", "abc", "abcd", "aa", "b", "ba", "c", "a*"} {
+					if (resource == "") == (o == segment.Enter) {
+						all = append(all, authz.Request{Caller: "spiffe://example.org" + caller,
+							Endpoint: segment.EndpointName(endpoint), Operation: o, Resource: resource})
+					}
+				}
+			}
+		}
+	}
+	return append(all, authz.Request{}, authz.Request{Caller: "spiffe://other.test/a", Endpoint: "docs", Operation: segment.Read, Resource: "a"})
+}

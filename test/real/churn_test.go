@@ -1,0 +1,5 @@
+package real
+
+const churnVariable = "SALLYPORT_TEST_CHURN"
+
+func churn() {}
