@@ -38,7 +38,7 @@ unit: parts ## Run the Go tests under the race detector
 
 fuzz: ## Fuzz every target for FUZZTIME (10s)
 	@grep -rEo --include='*_test.go' '^func Fuzz\w+' */ | while IFS=: read -r file target; do \
-		(set -x; go test ./$${file%/*} -run '^$$' -fuzz "^$${target#func }\$$" -fuzztime $(FUZZTIME)) || exit; \
+		(set -x; go test ./$${file%/*} -run '^$$' -fuzz "^$${target#func }\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x) || exit; \
 	done
 
 python: parts ## Run the tests of the examples

@@ -17,6 +17,8 @@ type Explanation struct {
 	Deciding []Reason `json:"deciding,omitempty"`
 	// Near are the grants that would speak about it if one thing were different, the closest first.
 	Near []Reason `json:"near,omitempty"`
+	// Notes say what in the request is not known at all, which is often a slip.
+	Notes []string `json:"notes,omitempty"`
 }
 
 // Reason is one grant and what it has to do with the request.
@@ -30,7 +32,7 @@ type Reason struct {
 // Explain decides the request and finds the grants that decide and those that nearly do. The policy must have been
 // compiled from the same configuration at the same moment.
 func Explain(p *Policy, cfg *segment.Config, r Request, now time.Time) Explanation {
-	ex := Explanation{Request: r, Decision: Decide(p, r)}
+	ex := Explanation{Request: r, Decision: Decide(p, r), Notes: unknown(cfg, r)}
 	denies := "denies it, which overrides every Allow"
 	if isImplied(r.Operation) && ex.Decision.Allowed {
 		denies = "denies a part of what is allowed, and what is left is enough"
@@ -70,6 +72,30 @@ func serves(cfg *segment.Config, r Request) bool {
 	return i < 0 || len(cfg.Endpoints[i].Models) == 0 || slices.ContainsFunc(cfg.Endpoints[i].Models, func(m segment.Model) bool {
 		return m.Name == r.Resource || slices.Contains(m.Aliases, r.Resource)
 	})
+}
+
+// unknown says what the configuration does not know.
+func unknown(cfg *segment.Config, r Request) []string {
+	var notes []string
+	if !slices.ContainsFunc(cfg.Workloads, func(w segment.Workload) bool { return w.ID.String() == r.Caller }) {
+		notes = append(notes, "no workload has the SPIFFE ID "+r.Caller)
+	}
+	i := slices.IndexFunc(cfg.Endpoints, func(e segment.Endpoint) bool { return e.Name == r.Endpoint })
+	if i < 0 {
+		return append(notes, fmt.Sprintf("there is no endpoint %s; there are %s", r.Endpoint,
+			list(cfg.Endpoints, func(e segment.Endpoint) string { return string(e.Name) })))
+	}
+	e := &cfg.Endpoints[i]
+	if ops := e.Protocol.Operations(); slices.Contains(segment.Operations(), r.Operation) && !slices.Contains(ops, r.Operation) {
+		notes = append(notes, fmt.Sprintf("%s has no operation %s; it has %s", e.Protocol, r.Operation,
+			list(ops, func(o segment.Operation) string { return string(o) })))
+	}
+	known := func(m segment.Model) bool { return m.Name == r.Resource || slices.Contains(m.Aliases, r.Resource) }
+	if r.Resource != "" && len(e.Models) > 0 && !slices.ContainsFunc(e.Models, known) {
+		notes = append(notes, fmt.Sprintf("endpoint %s has no model %s; it has %s", e.Name, r.Resource,
+			list(e.Models, func(m segment.Model) string { return m.Name })))
+	}
+	return notes
 }
 
 // closest says in what the request differs from the grant, for the target that comes closest. Empty: in nothing.

@@ -84,7 +84,8 @@ func explainCommand() *cobra.Command {
 		Use:   "explain --caller ID [--endpoint E --operation O --resource R]",
 		Short: "Say what a caller may do, and why",
 		Long: `Explain decides a request as the gateway would and names the grants that decide and those that nearly do. With
-only --caller it lists everything that the caller may do. It asks the running ` + "`up`" + `, or with -f reads documents.`,
+only --caller it lists everything that the caller may do. It asks the running ` + "`up`" + `, or with -f reads documents.
+Exit status 1 if the request is denied.`,
 		Example: `  sallyport explain --caller spiffe://example.org/rag-app
   sallyport explain --caller spiffe://example.org/rag-app --endpoint chat --operation Infer --resource smollm2
   sallyport explain -f examples/rag/sallyport --caller spiffe://example.org/intern`,
@@ -114,7 +115,13 @@ only --caller it lists everything that the caller may do. It asks the running ` 
 			if err != nil {
 				return err
 			}
-			return o.print(cmd.OutOrStdout(), ex, func() error { return writeExplanation(cmd.OutOrStdout(), ex) })
+			if err := o.print(cmd.OutOrStdout(), ex, func() error { return writeExplanation(cmd.OutOrStdout(), ex) }); err != nil {
+				return err
+			}
+			if !ex.Decision.Allowed {
+				return errProblems
+			}
+			return nil
 		},
 	}
 	cmd.Flags().StringVar(&r.Caller, "caller", "", "SPIFFE ID of the caller, or its path in the trust domain")
@@ -172,6 +179,9 @@ func writeExplanation(w io.Writer, ex authz.Explanation) error {
 	}
 	for _, reason := range ex.Deciding {
 		fmt.Fprintf(w, "  grant %s %s (%s)\n", reason.Grant, reason.Says, reason.Pos)
+	}
+	for _, note := range ex.Notes {
+		fmt.Fprintf(w, "  note: %s\n", note)
 	}
 	if !ex.Decision.Allowed && len(ex.Near) > 0 {
 		fmt.Fprintln(w, "near misses:")

@@ -7,6 +7,8 @@ import (
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
+	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -22,6 +24,9 @@ type Sockets struct {
 	Catalog  string
 	Admin    string // Envoy's own administration, which it opens itself
 }
+
+// maxConnections is how many callers' connections a gateway holds at once; one more is refused.
+const maxConnections = 50_000
 
 // Bootstrap is what an Envoy is started with: who it is and where its control plane is, and nothing else.
 func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootstrap {
@@ -44,6 +49,11 @@ func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootst
 			planeCluster(IdentityCluster, sockets.Identity, true),
 			planeCluster(CatalogCluster, sockets.Catalog, false),
 		}},
+		OverloadManager: &overloadv3.OverloadManager{ResourceMonitors: []*overloadv3.ResourceMonitor{{
+			Name: "envoy.resource_monitors.global_downstream_max_connections",
+			ConfigType: &overloadv3.ResourceMonitor_TypedConfig{TypedConfig: pack(&connectionsv3.DownstreamConnectionsConfig{
+				MaxActiveDownstreamConnections: maxConnections})},
+		}}},
 		LayeredRuntime: &bootstrapv3.LayeredRuntime{Layers: []*bootstrapv3.RuntimeLayer{{
 			Name: "sallyport",
 			LayerSpecifier: &bootstrapv3.RuntimeLayer_StaticLayer{StaticLayer: &structpb.Struct{Fields: map[string]*structpb.Value{

@@ -1,0 +1,162 @@
+package envoy
+
+import (
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	xdscorev3 "github.com/cncf/xds/go/xds/core/v3"
+	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
+	rbacconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
+	commonmatchingv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/matching/v3"
+	compositev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/composite/v3"
+	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
+	setstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/set_filter_state/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	networkinputv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/network/v3"
+	sslinputv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/ssl/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"sallyport.dev/authz"
+	"sallyport.dev/segment"
+)
+
+// request is what is known of a request when it has passed the extraction stage, and what becomes of it. It goes
+// through the filters as it does in Envoy, as far as they decide.
+type request struct {
+	t                 testing.TB
+	caller, operation string
+	found, state      map[string]string // dynamic metadata and filter state
+	decided           authz.Decision
+}
+
+// pass sends the request through all filters of the endpoint.
+func (q *request) pass(r *Resources, endpoint segment.EndpointName) authz.Decision {
+	q.state = map[string]string{}
+	for _, chain := range r.Listeners[0].FilterChains {
+		if chain.Name != string(endpoint) {
+			continue
+		}
+		for _, f := range q.open(chain.Filters[0].GetTypedConfig()).(*hcmv3.HttpConnectionManager).HttpFilters {
+			config := f.GetTypedConfig()
+			if f.GetConfigDiscovery() != nil {
+				i := slices.IndexFunc(r.Extensions, func(x *xt) bool { return x.Name == f.Name })
+				config = r.Extensions[i].TypedConfig
+			}
+			q.run(config)
+		}
+		return q.decided
+	}
+	q.t.Fatalf("no endpoint %s", endpoint)
+	return authz.Decision{}
+}
+
+func (q *request) open(a *anypb.Any) proto.Message {
+	m, err := a.UnmarshalNew()
+	if err != nil {
+		q.t.Fatal(err)
+	}
+	return m
+}
+
+func (q *request) run(config *anypb.Any) {
+	switch f := q.open(config).(type) {
+	case *setstatev3.Config:
+		for _, v := range f.OnRequestHeaders {
+			text := q.format(v.GetFormatString().GetTextFormatSource().GetInlineString(), v.GetFormatString().OmitEmptyValues)
+			if text != "" || !v.SkipIfEmpty {
+				q.state[v.GetObjectKey()] = text
+			}
+		}
+	case *commonmatchingv3.ExtensionWithMatcher:
+		if action := q.match(f.XdsMatcher); action != nil {
+			q.run(q.open(action.TypedConfig).(*compositev3.ExecuteFilterAction).TypedConfig.TypedConfig)
+		}
+	case *rbacv3.RBAC:
+		q.decided.Allowed, q.decided.Rule = q.verdict(f.Matcher)
+		q.decided.ShadowAllowed, q.decided.ShadowRule = q.decided.Allowed, q.decided.Rule
+		if f.ShadowMatcher != nil {
+			q.decided.ShadowAllowed, q.decided.ShadowRule = q.verdict(f.ShadowMatcher)
+		}
+	}
+}
+
+func (q *request) verdict(m *matcherv3.Matcher) (bool, authz.Rule) {
+	action := q.match(m)
+	if action == nil {
+		return false, "" // denied, and nobody knows why
+	}
+	a := q.open(action.TypedConfig).(*rbacconfigv3.Action)
+	return a.Action != rbacconfigv3.RBAC_DENY, authz.Rule(a.Name) // LOG allows, too
+}
+
+func (q *request) match(m *matcherv3.Matcher) *xdscorev3.TypedExtensionConfig {
+	tree := m.GetMatcherTree()
+	if input, ok := q.input(tree.GetInput()); tree != nil && ok {
+		if branch, ok := tree.GetExactMatchMap().GetMap()[input]; ok {
+			return q.take(branch)
+		}
+		for n := len(input); n >= 0; n-- {
+			if branch, ok := tree.GetPrefixMatchMap().GetMap()[input[:n]]; ok {
+				return q.take(branch)
+			}
+		}
+	}
+	return q.take(m.OnNoMatch)
+}
+
+func (q *request) take(branch *matcherv3.Matcher_OnMatch) *xdscorev3.TypedExtensionConfig {
+	if next := branch.GetMatcher(); next != nil {
+		return q.match(next)
+	}
+	return branch.GetAction()
+}
+
+func (q *request) input(x *xdscorev3.TypedExtensionConfig) (string, bool) {
+	if x == nil {
+		return "", false
+	}
+	switch in := q.open(x.TypedConfig).(type) {
+	case *networkinputv3.FilterStateInput:
+		v, ok := q.state[in.Key]
+		return v, ok
+	case *sslinputv3.UriSanInput:
+		return q.caller, q.caller != ""
+	}
+	q.t.Fatalf("unknown input %s", x.Name)
+	return "", false
+}
+
+var command = regexp.MustCompile(`%%|%([A-Z_]+)(?:\(([^)]*)\))?%`)
+
+// format fills in what Envoy does: a value that is missing reads "-", or nothing if it says so.
+func (q *request) format(text string, omit bool) string {
+	return command.ReplaceAllStringFunc(text, func(s string) string {
+		if s == "%%" {
+			return "%"
+		}
+		parts, value := command.FindStringSubmatch(s), ""
+		arg := strings.TrimSuffix(parts[2], ":PLAIN")
+		switch parts[1] {
+		case "DOWNSTREAM_PEER_URI_SAN":
+			value = q.caller
+		case "FILTER_STATE":
+			value = q.state[arg]
+		case "DYNAMIC_METADATA":
+			value = q.found[strings.TrimPrefix(arg, "sallyport:")]
+		case "METADATA":
+			if arg != "ROUTE:sallyport:operation" {
+				q.t.Fatalf("unknown metadata %s", arg)
+			}
+			value = q.operation
+		default:
+			q.t.Fatalf("unknown command %s", s)
+		}
+		if value == "" && !omit {
+			return "-"
+		}
+		return value
+	})
+}

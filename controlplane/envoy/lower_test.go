@@ -1,0 +1,304 @@
+package envoy
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
+	"pgregory.net/rapid"
+
+	"sallyport.dev/authz"
+	"sallyport.dev/segment"
+	"sallyport.dev/test/corpus"
+)
+
+type xt = corev3.TypedExtensionConfig
+
+// collections are UUIDs of all names in corpus.Requests but "c" and "abcd".
+func collections() map[string]string {
+	ids := map[string]string{}
+	for i, name := range []string{"a", "ab", "abc", "aa", "b", "ba", "a*"} {
+		ids[fmt.Sprintf("%08d-0000-0000-0000-000000000000", i)] = name
+	}
+	return ids
+}
+
+func idOf(name string) string {
+	for id, n := range collections() {
+		if n == name {
+			return id
+		}
+	}
+	return "ffffffff-0000-0000-0000-000000000000"
+}
+
+// extracted is the request as the extraction stage leaves it.
+func extracted(t testing.TB, r authz.Request) *request {
+	q := &request{t: t, caller: r.Caller, operation: string(r.Operation), found: map[string]string{"resolved": "="}}
+	switch {
+	case r.Endpoint == "docs" && (r.Operation == segment.Read || r.Operation == segment.Write):
+		q.found = map[string]string{"id": idOf(r.Resource)}
+	case r.Operation != segment.Enter:
+		q.found["name"] = r.Resource
+	}
+	return q
+}
+
+func lowered(cfg *segment.Config, now time.Time, classes bool) (*authz.Policy, *Resources) {
+	policy := authz.Compile(cfg, now)
+	r := Lower(cfg, policy, Names{"docs": collections()})
+	if classes {
+		for _, x := range r.Extensions {
+			endpoint, what, _ := strings.Cut(strings.TrimPrefix(x.Name, "authz/"), "/")
+			switch p := policy.Endpoints[segment.EndpointName(endpoint)]; what {
+			case "members":
+				x.TypedConfig = pack(members(p, true))
+			case "rights":
+				x.TypedConfig = pack(rights(p, true))
+			}
+		}
+	}
+	return policy, r
+}
+
+func at(t rapid.TB, s string) time.Time {
+	m, err := time.Parse(time.RFC3339, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// What Envoy's look-ups find in the lowered policy is what authz.Decide says, written out and in classes.
+func TestLoweringAgreesWithDecide(t *testing.T) {
+	for _, classes := range []bool{false, true} {
+		t.Run(fmt.Sprintf("classes=%t", classes), func(outer *testing.T) {
+			seen := map[authz.Decision]bool{}
+			rapid.Check(outer, func(t *rapid.T) {
+				cfg := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...))
+				policy, r := lowered(&cfg, at(t, corpus.Early), classes)
+				if err := Check(r); err != nil {
+					t.Fatal(err)
+				}
+				all := corpus.Requests()
+				for _, i := range rapid.SliceOfN(rapid.IntRange(0, len(all)-1), 100, 100).Draw(t, "requests") {
+					ask := all[i]
+					if policy.Endpoints[ask.Endpoint] == nil {
+						continue
+					}
+					want := authz.Decide(policy, ask)
+					q := extracted(outer, ask)
+					if q.found["id"] != "" && collections()[q.found["id"]] == "" {
+						want = authz.Decision{Rule: authz.DefaultDeny, ShadowRule: authz.DefaultDeny}
+					}
+					if diff := cmp.Diff(want, q.pass(r, ask.Endpoint)); diff != "" {
+						t.Fatalf("%+v: (-decided +lowered)\n%s\n%v", ask, diff, q.state)
+					}
+					seen[want] = true
+				}
+			})
+			if len(seen) < 20 {
+				outer.Errorf("only %d different decisions: the test shows little", len(seen))
+			}
+		})
+	}
+}
+
+// The same tables that authz.Decide answers, hostile names and all.
+func TestLoweringAgreesWithTables(t *testing.T) {
+	cases, err := corpus.Load("../../authz/testdata/decisions")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range cases {
+		cfg, err := c.Config()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, classes := range []bool{false, true} {
+			policy, r := lowered(&cfg, c.Now, classes)
+			for _, line := range c.Lines {
+				if policy.Endpoints[line.Request.Endpoint] == nil {
+					continue
+				}
+				q := &request{t: t, caller: line.Request.Caller, operation: string(line.Request.Operation),
+					found: map[string]string{"resolved": "=", "name": line.Request.Resource}}
+				if diff := cmp.Diff(line.Want, q.pass(r, line.Request.Endpoint)); diff != "" {
+					t.Errorf("%s: classes %t: (-want +lowered)\n%s", line.Pos, classes, diff)
+				}
+			}
+		}
+	}
+}
+
+// A stage that failed or was left out makes a question that nothing answers.
+func TestNothingIsAnsweredUnjudged(t *testing.T) {
+	cfg := corpus.Assemble(t, append(corpus.Endpoints(), `---
+apiVersion: sallyport.dev/v1alpha1
+kind: Grant
+metadata: {name: all}
+spec: {from: [{trustDomain: example.org}, {spiffeID: 'spiffe://example.org/a'}], to: [{endpoint: open, operations: [Infer, Embed], resources: ['*', a, '=a']}, {endpoint: docs, operations: [Read, Write, Admin], resources: ['*']}]}
+`))
+	for _, classes := range []bool{false, true} {
+		_, r := lowered(&cfg, at(t, corpus.Early), classes)
+		good := request{t: t, caller: "spiffe://example.org/a", operation: "Infer", found: map[string]string{"resolved": "=", "name": "a"}}
+		if got := good.pass(r, "open"); !got.Allowed {
+			t.Fatalf("the base of this test is denied: %+v", got)
+		}
+		for name, q := range map[string]request{
+			"not resolved":       {caller: good.caller, operation: "Infer", found: map[string]string{"name": "a"}},
+			"nothing extracted":  {caller: good.caller, operation: "Infer"},
+			"no operation":       {caller: good.caller, found: good.found},
+			"no caller":          {operation: "Infer", found: good.found},
+			"no caller, no rest": {},
+			"other resolution":   {caller: good.caller, operation: "Infer", found: map[string]string{"resolved": "-", "name": "a"}},
+			"id without a name":  {caller: good.caller, operation: "Read", found: map[string]string{"id": idOf("a"), "name": ""}},
+		} {
+			q.t = t
+			if got := q.pass(r, "open"); got.Allowed || got.Rule != authz.DefaultDeny {
+				t.Errorf("classes %t, %s: %+v of %v", classes, name, got, q.state)
+			}
+		}
+		unknown := request{t: t, caller: good.caller, operation: "Read", found: map[string]string{"id": "ffffffff-0000-0000-0000-000000000000"}}
+		if got := unknown.pass(r, "docs"); got.Allowed {
+			t.Errorf("classes %t: an unknown UUID is allowed: %v", classes, unknown.state)
+		}
+	}
+}
+
+// fingerprints are all resources, and each filter chain by itself.
+func fingerprints(t rapid.TB, r *Resources) map[string]string {
+	all := map[string]string{}
+	add := func(key string, m proto.Message) {
+		b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, twice := all[key]; twice {
+			t.Fatalf("%s is there twice", key)
+		}
+		all[key] = string(b)
+	}
+	for field, m := range r.All() {
+		switch m := m.(type) {
+		case *listenerv3.Listener:
+			for _, chain := range m.FilterChains {
+				add("chain/"+chain.Name, chain)
+			}
+		case interface{ GetClusterName() string }:
+			add(field+"/"+m.GetClusterName(), m.(proto.Message))
+		default:
+			add(field+"/"+m.(interface{ GetName() string }).GetName(), m)
+		}
+	}
+	return all
+}
+
+// changed are the resources that differ, are new or are gone.
+func changed(a, b map[string]string) []string {
+	var names []string
+	for name := range a {
+		if b[name] != a[name] {
+			names = append(names, name)
+		}
+	}
+	for name := range b {
+		if _, ok := a[name]; !ok {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func TestSameBytes(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		docs := append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...)
+		cfg, again := corpus.Assemble(t, docs), corpus.Assemble(t, rapid.Permutation(docs).Draw(t, "shuffled"))
+		for _, classes := range []bool{false, true} {
+			_, r := lowered(&cfg, at(t, corpus.Early), classes)
+			_, same := lowered(&again, at(t, corpus.Early), classes)
+			if diff := changed(fingerprints(t, r), fingerprints(t, same)); diff != nil {
+				t.Fatalf("other bytes: %q", diff)
+			}
+		}
+	})
+}
+
+func TestChangeStaysWhereItIsMade(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		docs := append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...)
+		grant := func() string {
+			return corpus.Grant("new", rapid.SampledFrom([]string{"Allow", "Deny"}).Draw(t, "effect"), rapid.SampledFrom([]string{"Enforce", "Shadow"}).Draw(t, "mode")).Draw(t, "grant")
+		}
+		docs = append(docs, grant())
+		edited := slices.Clone(docs)
+		classes := rapid.Bool().Draw(t, "classes")
+		var allowed func(name string) bool
+		if edit := rapid.SampledFrom([]string{"grant", "hostname", "backend", "models", "more"}).Draw(t, "edit"); edit == "grant" {
+			edited[len(edited)-1] = grant()
+			about := docs[len(docs)-1] + edited[len(edited)-1]
+			allowed = func(name string) bool {
+				endpoint, what, _ := strings.Cut(strings.TrimPrefix(name, "extensions/authz/"), "/")
+				return strings.HasPrefix(name, "extensions/authz/") && strings.Contains(about, "endpoint: "+endpoint) && (what == "rights" || classes && what == "members")
+			}
+		} else {
+			change := map[string][2]string{"hostname": {"chat.internal", "talk.internal"}, "backend": {":8002", ":9002"},
+				"models": {"models: [{name: a, ", "models: [{name: new}, {name: a, "}, "more": {"{name: one,", "{name: four, addresses: ['127.0.0.1:4'], tls: {mode: None}}, {name: one,"}}[edit]
+			if edited[0] = strings.Replace(docs[0], change[0], change[1], 1); edited[0] == docs[0] {
+				t.Fatalf("%s changes nothing in %s", edit, docs[0])
+			}
+			allowed = func(name string) bool {
+				_, name, _ = strings.Cut(name, "/")
+				return name == "chat" || strings.HasPrefix(name, "authz/chat/") || strings.HasPrefix(name, "endpoint/chat/") || name == "endpoint/chat"
+			}
+		}
+		cfg, next := corpus.Assemble(t, docs), corpus.Assemble(t, edited)
+		_, before := lowered(&cfg, at(t, corpus.Early), classes)
+		_, after := lowered(&next, at(t, corpus.Early), classes)
+		if err := Check(after); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range changed(fingerprints(t, before), fingerprints(t, after)) {
+			if !allowed(name) {
+				t.Fatalf("%s changes, too", name)
+			}
+		}
+	})
+}
+
+// Above the threshold callers are put into classes, if that is smaller, and the same is decided.
+func TestUseClasses(t *testing.T) {
+	policy := func(callers, resources int, same bool) *authz.Endpoint {
+		members := map[segment.Pattern]*authz.Class{}
+		p := &authz.Endpoint{}
+		var class *authz.Class
+		for i := range callers {
+			if class == nil || !same {
+				points := map[segment.Pattern]authz.Leaf{}
+				for j := range resources {
+					points[segment.Pattern(fmt.Sprint(j))] = authz.Leaf{Allowed: true, Rule: "grant/x"}
+				}
+				class = &authz.Class{ID: fmt.Sprint(i), Enforced: authz.Rights{segment.Infer: authz.NewTable(points)}}
+				p.Classes = append(p.Classes, class)
+			}
+			members[segment.Pattern(fmt.Sprintf("spiffe://x/%d", i))] = class
+		}
+		p.Members = authz.NewTable(members)
+		return p
+	}
+	for _, c := range []struct {
+		callers, resources int
+		same, want         bool
+	}{{200, 100, true, false}, {201, 100, true, true}, {201, 100, false, false}, {0, 0, true, false}} {
+		if got := useClasses(policy(c.callers, c.resources, c.same)); got != c.want {
+			t.Errorf("%+v: %t", c, got)
+		}
+	}
+}
