@@ -93,6 +93,9 @@ func (q *request) verdict(m *matcherv3.Matcher) (bool, authz.Rule) {
 }
 
 func (q *request) match(m *matcherv3.Matcher) *xdscorev3.TypedExtensionConfig {
+	if m == nil {
+		return nil
+	}
 	tree := m.GetMatcherTree()
 	if input, ok := q.input(tree.GetInput()); tree != nil && ok {
 		if branch, ok := tree.GetExactMatchMap().GetMap()[input]; ok {

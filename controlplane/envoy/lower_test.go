@@ -127,6 +127,9 @@ func TestLoweringAgreesWithTables(t *testing.T) {
 				if policy.Endpoints[line.Request.Endpoint] == nil {
 					continue
 				}
+				if strings.Contains(line.Request.Caller, "|") || strings.Contains(string(line.Request.Operation), "=") {
+					continue // no SPIFFE ID (SPIFFE-ID, section 2.2) and no operation of a route has these
+				}
 				q := &request{t: t, caller: line.Request.Caller, operation: string(line.Request.Operation),
 					found: map[string]string{"resolved": "=", "name": line.Request.Resource}}
 				if diff := cmp.Diff(line.Want, q.pass(r, line.Request.Endpoint)); diff != "" {

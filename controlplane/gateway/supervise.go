@@ -91,7 +91,7 @@ func (s *Supervisor) once(ctx context.Context, config string) error {
 	}
 	ended := make(chan struct{})
 	go func() { // ends with the child
-		s.relay(stderr)
+		s.relay(ctx, stderr)
 		close(ended)
 	}()
 	select {
@@ -116,8 +116,8 @@ func (s *Supervisor) once(ctx context.Context, config string) error {
 	return fmt.Errorf("envoy: %w", err)
 }
 
-// relay turns Envoy's log lines into ours.
-func (s *Supervisor) relay(from io.Reader) {
+// relay turns Envoy's log lines into ours. What it has to say while it is being stopped interests nobody.
+func (s *Supervisor) relay(ctx context.Context, from io.Reader) {
 	lines := bufio.NewReaderSize(from, 1<<16)
 	for {
 		line, err := lines.ReadString('\n')
@@ -134,7 +134,10 @@ func (s *Supervisor) relay(from io.Reader) {
 					level = slog.LevelDebug
 				}
 			}
-			s.Log.Log(context.Background(), level, "envoy", "component", component, "message", message)
+			if ctx.Err() != nil {
+				level = slog.LevelDebug
+			}
+			s.Log.Log(context.WithoutCancel(ctx), level, "envoy", "component", component, "message", message)
 		}
 		if err != nil {
 			return
