@@ -43,25 +43,36 @@ func (p *Pipeline) State() *State {
 	return &State{}
 }
 
+// clockCheck is how often the clock is looked at while a grant has an end: a clock that jumps moves that end too.
+const clockCheck = 10 * time.Second
+
 // Run makes generations until the context ends.
 func (p *Pipeline) Run(ctx context.Context) error {
 	var (
-		cfg    *segment.Config // of the newest good documents; nil: none yet
-		names  envoy.Names
-		expiry = time.NewTimer(0)
+		cfg      *segment.Config // of the newest good documents; nil: none yet
+		problems segment.Problems
+		names    envoy.Names
+		next     time.Time // when time alone changes the policy; zero: never
 	)
-	<-expiry.C
+	clock := time.NewTicker(clockCheck)
+	defer clock.Stop()
+	expiry := time.NewTimer(clockCheck)
+	defer expiry.Stop()
 	for {
 		select {
 		case docs := <-p.Documents: // 1. someone edited something
-			next, problems := v1alpha1.Assemble(docs.Documents, p.Options)
-			if len(problems) > 0 {
+			var assembled segment.Config
+			if assembled, problems = v1alpha1.Assemble(docs.Documents, p.Options); len(problems) > 0 {
 				p.complain(problems)
 				continue
 			}
-			cfg = &next
+			cfg = &assembled
 		case names = <-p.Names: // 2. a store has other collections now
 		case <-expiry.C: // 3. a grant has expired
+		case <-clock.C: // 4. or the clock has jumped past its end
+			if next.IsZero() || time.Now().Before(next) {
+				continue
+			}
 		case <-ctx.Done():
 			return nil
 		}
@@ -71,20 +82,18 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		g, err := Generate(*cfg, names, time.Now())
 		if err != nil {
 			p.Log.Error("generation refused", "error", err)
-			p.state.Store(&State{Generation: p.State().Generation, Failure: err.Error()})
+			p.state.Store(&State{Generation: p.State().Generation, Problems: problems, Failure: err.Error()})
 			continue
 		}
-		if next := g.Policy.NextChange; !next.IsZero() {
+		if next = g.Policy.NextChange; !next.IsZero() {
 			expiry.Reset(time.Until(next))
-		} else {
-			expiry.Stop()
 		}
 		if last := p.State().Generation; last != nil && last.Digest == g.Digest {
 			g = last // nothing that has an effect has changed: nothing is pushed
 		} else if err := p.publish(ctx, g); err != nil {
 			return err
 		}
-		p.state.Store(&State{Generation: g})
+		p.state.Store(&State{Generation: g, Problems: problems})
 	}
 }
 

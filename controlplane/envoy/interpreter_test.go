@@ -30,6 +30,7 @@ type request struct {
 	caller, operation string
 	found, state      map[string]string // dynamic metadata and filter state
 	decided           authz.Decision
+	opened            map[*anypb.Any]proto.Message // nil, or what other requests have unpacked
 }
 
 // pass sends the request through all filters of the endpoint.
@@ -54,9 +55,15 @@ func (q *request) pass(r *Resources, endpoint segment.EndpointName) authz.Decisi
 }
 
 func (q *request) open(a *anypb.Any) proto.Message {
+	if m := q.opened[a]; m != nil {
+		return m
+	}
 	m, err := a.UnmarshalNew()
 	if err != nil {
 		q.t.Fatal(err)
+	}
+	if q.opened != nil {
+		q.opened[a] = m
 	}
 	return m
 }

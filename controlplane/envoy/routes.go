@@ -38,6 +38,9 @@ func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 		// A caller is its certificate. Whatever key its SDK insists on is none of the backend's business.
 		RequestHeadersToRemove: []string{"authorization", "x-api-key", "api-key", "x-chroma-token"},
 	}
+	if e.Protocol == segment.OpenAI { // usage can't be read from an answer that is compressed
+		host.RequestHeadersToRemove = append(host.RequestHeadersToRemove, "accept-encoding")
+	}
 	pools := modelPools(e)
 	for _, r := range e.Protocol.Routes() {
 		if r.Answer == segment.FromCatalog || len(pools) == 1 {
