@@ -29,7 +29,7 @@ var replies = []reply{
 	{404, "invalid_request_error", "not_found", "NotFoundError", "nothing here serves this"},
 	{408, "invalid_request_error", "request_timeout", "InvalidArgumentError", "the request took too long to arrive"},
 	{413, "invalid_request_error", "request_too_large", "InvalidArgumentError", "the request body is larger than this gateway reads"},
-	{503, "api_error", "backend_unavailable", "InternalError", "the backend can't be reached: %RESPONSE_CODE_DETAILS%"},
+	{503, "api_error", "backend_unavailable", "InternalError", "the backend can't be reached"},
 	{504, "api_error", "backend_timeout", "InternalError", "the backend did not answer while the caller's certificate was valid"},
 	{0, "api_error", "gateway_error", "InternalError", "%RESPONSE_CODE_DETAILS%"},
 }
