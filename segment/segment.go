@@ -70,7 +70,7 @@ type Address struct {
 type BackendTLS struct {
 	Mode       TLSMode
 	ServerName string      // Server: the DNS name that the certificate must have
-	CAFile     string      // Server: PEM bundle to trust, a path on the gateway
+	CAFile     string      // Server: PEM bundle to trust, an absolute path on the gateway
 	ID         spiffeid.ID // Mutual: the SPIFFE ID that the server must have
 }
 
@@ -86,8 +86,8 @@ const (
 // Model is a model name and the backends that serve it.
 type Model struct {
 	Name     string
-	Aliases  []string // further names for the same servers; each is a resource of its own to grants
-	Backends []BackendName
+	Aliases  []string      // further names for the same servers; each is a resource of its own to grants
+	Backends []BackendName // spoken to in one and the same way
 }
 
 // Database is the tenant and database that a vector store keeps collections in.

@@ -104,7 +104,8 @@ func TestAssemble(t *testing.T) {
 					TLS: segment.BackendTLS{Mode: segment.TLSMutual, ID: id("model-server")}},
 			},
 			Models: []segment.Model{
-				{Name: "big", Backends: []segment.BackendName{"far", "local", "pinned"}},
+				{Name: "big", Backends: []segment.BackendName{"pinned"}},
+				{Name: "huge", Backends: []segment.BackendName{"far"}},
 				{Name: "smollm2", Aliases: []string{"small", "tiny"}, Backends: []segment.BackendName{"local"}},
 			},
 		}, {
@@ -125,12 +126,12 @@ func TestAssemble(t *testing.T) {
 				{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"handbook", "public-*"}},
 			},
 			Expires: time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
-			Pos:     segment.Pos{File: "good.yaml", Line: 50, Column: 1},
+			Pos:     segment.Pos{File: "good.yaml", Line: 51, Column: 1},
 		}, {
 			Name: "not-payroll", Effect: segment.Deny, Mode: segment.Shadow,
 			From: []segment.Caller{caller("spiffe://example.org/rag-app")},
 			To:   []segment.Target{{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"*"}}},
-			Pos:  segment.Pos{File: "good.yaml", Line: 66, Column: 1},
+			Pos:  segment.Pos{File: "good.yaml", Line: 67, Column: 1},
 		}},
 	}
 	if diff := cmp.Diff(want, got, same()...); diff != "" {

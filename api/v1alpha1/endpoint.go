@@ -189,10 +189,32 @@ func (a *assembler) models(d *Document, spec *EndpointSpec, backends []segment.B
 		}
 		slices.Sort(m.Backends)
 		m.Backends = slices.Compact(m.Backends)
+		a.oneWay(d, at+".backends", backends, m.Backends)
 		models = append(models, m)
+	}
+	if len(spec.Models) == 0 {
+		a.oneWay(d, "spec.backends", backends, all)
 	}
 	slices.SortFunc(models, func(a, b segment.Model) int { return cmp.Compare(a.Name, b.Name) })
 	return models, names
+}
+
+// oneWay refuses backends that share the load and are not spoken to in the same way: a gateway has one way for all of
+// them, and it must not be the weakest.
+func (a *assembler) oneWay(d *Document, at string, backends []segment.Backend, sharing []segment.BackendName) {
+	var first *segment.Backend
+	for i := range backends {
+		b := &backends[i]
+		switch {
+		case !slices.Contains(sharing, b.Name):
+		case first == nil:
+			first = b
+		case b.TLS != first.TLS:
+			a.report(d, "mixed-tls", at, fmt.Sprintf("mixes %s and %s, whose tls differs", first.Name, b.Name),
+				"give backends that serve the same model the same tls, or let them serve different models")
+			return
+		}
+	}
 }
 
 func (a *assembler) database(d *Document, spec *EndpointSpec) segment.Database {

@@ -123,16 +123,13 @@ func transportTo(b segment.Backend) (*http.Transport, string, error) {
 	case segment.TLSNone:
 		return t, "http", nil
 	case segment.TLSServer:
-		t.TLSClientConfig = &tls.Config{ServerName: b.TLS.ServerName, MinVersion: tls.VersionTLS12}
-		if b.TLS.CAFile != "" {
-			pem, err := os.ReadFile(b.TLS.CAFile)
-			if err != nil {
-				return nil, "", fmt.Errorf("read CA of backend %s: %w", b.Name, err)
-			}
-			t.TLSClientConfig.RootCAs = x509.NewCertPool()
-			if !t.TLSClientConfig.RootCAs.AppendCertsFromPEM(pem) {
-				return nil, "", fmt.Errorf("read CA of backend %s: no certificate in %s", b.Name, b.TLS.CAFile)
-			}
+		pem, err := os.ReadFile(b.TLS.CAFile)
+		if err != nil {
+			return nil, "", fmt.Errorf("read CA of backend %s: %w", b.Name, err)
+		}
+		t.TLSClientConfig = &tls.Config{ServerName: b.TLS.ServerName, MinVersion: tls.VersionTLS12, RootCAs: x509.NewCertPool()}
+		if !t.TLSClientConfig.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, "", fmt.Errorf("read CA of backend %s: no certificate in %s", b.Name, b.TLS.CAFile)
 		}
 		return t, "https", nil
 	}

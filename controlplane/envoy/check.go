@@ -6,12 +6,14 @@ import (
 	"slices"
 	"strings"
 
+	xdscorev3 "github.com/cncf/xds/go/xds/core/v3"
 	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	rbacconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
+	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/proto"
@@ -19,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"sallyport.dev/authz"
+	"sallyport.dev/segment"
 )
 
 // Check reads what was lowered once more, knowing nothing of how it came about, and returns everything that would
@@ -75,7 +78,10 @@ func (c *checker) wrong(format string, args ...any) {
 func (c *checker) cluster(x *clusterv3.Cluster) {
 	c.at = "cluster " + x.Name
 	c.everywhere(x)
-	if x.GetType() == clusterv3.Cluster_EDS && !c.assignments[x.Name] {
+	switch {
+	case x.GetType() == clusterv3.Cluster_EDS && c.assignments[x.Name]:
+	case x.GetType() == clusterv3.Cluster_STRICT_DNS && len(x.GetLoadAssignment().GetEndpoints()) > 0:
+	default:
 		c.wrong("has no addresses")
 	}
 }
@@ -84,8 +90,8 @@ func (c *checker) route(x *routev3.RouteConfiguration) {
 	c.at = "routes " + x.Name
 	c.everywhere(x)
 	for _, host := range x.VirtualHosts {
-		if slices.Contains(host.Domains, "*") {
-			c.wrong("takes every host name")
+		if !exactNames(host.Domains) {
+			c.wrong("takes other host names than those that are named")
 		}
 		for _, route := range host.Routes {
 			if name := route.GetRoute().GetCluster(); route.GetRoute() != nil && !c.clusters[name] {
@@ -98,14 +104,14 @@ func (c *checker) route(x *routev3.RouteConfiguration) {
 func (c *checker) listener(x *listenerv3.Listener) {
 	c.at = "listener " + x.Name
 	c.everywhere(x)
-	if x.DefaultFilterChain != nil {
-		c.wrong("has a filter chain for every server name")
+	if x.DefaultFilterChain != nil || x.FilterChainMatcher != nil {
+		c.wrong("has a filter chain that is not chosen by its server names")
 	}
 	taken := map[string]string{}
 	for _, chain := range x.FilterChains {
 		c.at = "listener " + x.Name + ", filter chain " + chain.Name
-		if len(chain.GetFilterChainMatch().GetServerNames()) == 0 {
-			c.wrong("matches every server name")
+		if !exactNames(chain.GetFilterChainMatch().GetServerNames()) {
+			c.wrong("matches other server names than those that are named")
 		}
 		for _, name := range chain.GetFilterChainMatch().GetServerNames() {
 			if taken[name] != "" {
@@ -122,14 +128,23 @@ func (c *checker) listener(x *listenerv3.Listener) {
 		if !c.unpack(chain.Filters[0].GetTypedConfig(), manager) {
 			continue
 		}
-		if name := manager.GetRds().GetRouteConfigName(); !c.routes[name] {
-			c.wrong("has routes %q, which do not exist", name)
+		endpoint := segment.EndpointName(chain.Name)
+		if name := manager.GetRds().GetRouteConfigName(); name != RoutesName(endpoint) || !c.routes[name] {
+			c.wrong("has routes %q, which do not exist or are another's", name)
+		}
+		if len(manager.UpgradeConfigs) > 0 {
+			c.wrong("has upgrades, which go by filters of their own")
 		}
 		if manager.GetCommonHttpProtocolOptions().GetMaxConnectionDuration().AsDuration() <= 0 {
 			c.wrong("has connections that never end")
 		}
-		c.filters(manager.HttpFilters)
+		c.filters(endpoint, manager.HttpFilters)
 	}
+}
+
+// exactNames reports whether there are names, and each is one.
+func exactNames(names []string) bool {
+	return len(names) > 0 && !slices.ContainsFunc(names, func(s string) bool { return s == "" || strings.Contains(s, "*") })
 }
 
 func (c *checker) downstream(socket *anypb.Any) {
@@ -157,9 +172,10 @@ func (c *checker) downstream(socket *anypb.Any) {
 
 // filters demands: every discovered filter exists and denies while it is missing, rights come after all that
 // prepare the question and directly before the router, which comes last.
-func (c *checker) filters(filters []*hcmv3.HttpFilter) {
+func (c *checker) filters(endpoint segment.EndpointName, filters []*hcmv3.HttpFilter) {
 	n := len(filters)
-	if n < 2 || filters[n-1].Name != routerFilter || !strings.HasSuffix(filters[n-2].Name, "/rights") || filters[n-2].GetConfigDiscovery() == nil {
+	if n < 2 || !filters[n-1].GetTypedConfig().MessageIs(&routerv3.Router{}) ||
+		filters[n-2].Name != RightsName(endpoint) || filters[n-2].GetConfigDiscovery() == nil {
 		c.wrong("does not decide directly before it forwards")
 	}
 	for _, f := range filters {
@@ -174,7 +190,7 @@ func (c *checker) filters(filters []*hcmv3.HttpFilter) {
 			c.wrong("filter %s does not exist", f.Name)
 		}
 		deny := &rbacv3.RBAC{}
-		if c.unpack(d.DefaultConfig, deny) && (deny.Rules == nil || len(deny.Rules.Policies) != 0 || deny.Rules.Action != rbacconfigv3.RBAC_ALLOW) {
+		if c.unpack(d.DefaultConfig, deny) && !proto.Equal(deny, &rbacv3.RBAC{Rules: &rbacconfigv3.RBAC{}}) {
 			c.wrong("filter %s is open until it has come", f.Name)
 		}
 	}
@@ -189,28 +205,60 @@ func (c *checker) rights(config *anypb.Any) {
 		c.wrong("decides nothing, which allows everything")
 		return
 	}
-	for _, m := range []*matcherv3.Matcher{rbac.Matcher, rbac.ShadowMatcher} {
-		if m != nil && !c.ends(m) {
-			c.wrong("does not end in the default deny")
-		}
+	c.decides(rbac.Matcher)
+	if rbac.ShadowMatcher != nil {
+		c.decides(rbac.ShadowMatcher)
 	}
 }
 
-// ends reports whether whatever matches nothing is denied, all the way down.
-func (c *checker) ends(m *matcherv3.Matcher) bool {
-	for ; m != nil; m = m.OnNoMatch.GetMatcher() {
+// decides demands that every way through a matcher ends in a verdict: a name that is found in that of a grant, all
+// others in the default deny.
+func (c *checker) decides(m *matcherv3.Matcher) {
+	for {
 		tree := m.GetMatcherTree()
-		for _, branch := range tree.GetPrefixMatchMap().GetMap() {
-			if below := branch.GetMatcher(); below != nil && !c.ends(below) {
-				return false
+		exact, prefix := tree.GetExactMatchMap().GetMap(), tree.GetPrefixMatchMap().GetMap()
+		if m.MatcherType != nil && len(exact)+len(prefix) == 0 {
+			c.wrong("decides by something else than a look-up")
+		}
+		if prefix[""] != nil {
+			c.wrong("has a branch that everything takes")
+		}
+		for _, branches := range []branches{exact, prefix} {
+			for _, branch := range branches {
+				switch {
+				case branch.KeepMatching:
+					c.wrong("has a branch that is not the end")
+				case branch.GetMatcher() != nil:
+					c.decides(branch.GetMatcher())
+				default:
+					c.verdict(branch.GetAction())
+				}
 			}
 		}
-		if act := m.OnNoMatch.GetAction(); act != nil {
-			action := &rbacconfigv3.Action{}
-			return c.unpack(act.TypedConfig, action) && action.Action == rbacconfigv3.RBAC_DENY && action.Name == string(authz.DefaultDeny)
+		next := m.OnNoMatch.GetMatcher()
+		if next == nil {
+			break
 		}
+		m = next
 	}
-	return false
+	action := &rbacconfigv3.Action{Name: string(authz.DefaultDeny), Action: rbacconfigv3.RBAC_DENY}
+	if !proto.Equal(c.verdict(m.OnNoMatch.GetAction()), action) {
+		c.wrong("does not end in the default deny")
+	}
+}
+
+// verdict demands that an action allows by a grant or denies by a rule, and returns it.
+func (c *checker) verdict(x *xdscorev3.TypedExtensionConfig) *rbacconfigv3.Action {
+	action := &rbacconfigv3.Action{}
+	if !c.unpack(x.GetTypedConfig(), action) {
+		return action
+	}
+	allowed := action.Action == rbacconfigv3.RBAC_ALLOW && strings.HasPrefix(action.Name, string(authz.RuleOf("")))
+	denied := action.Action == rbacconfigv3.RBAC_DENY && action.Name != ""
+	if !allowed && !denied {
+		c.wrong("has a verdict %s by %q", action.Action, action.Name)
+	}
+	return action
 }
 
 func (c *checker) unpack(a *anypb.Any, into proto.Message) bool {
@@ -223,7 +271,20 @@ func (c *checker) unpack(a *anypb.Any, into proto.Message) bool {
 
 // everywhere looks for what must stand nowhere, however deep.
 func (c *checker) everywhere(m proto.Message) {
+	if x, ok := m.(interface {
+		GetTypedPerFilterConfig() map[string]*anypb.Any
+	}); ok {
+		for name := range x.GetTypedPerFilterConfig() {
+			if name != extractFilter {
+				c.wrong("makes filter %s another one", name)
+			}
+		}
+	}
 	switch x := m.(type) {
+	case *routev3.FilterConfig:
+		c.wrong("has a FilterConfig, which can switch a filter off")
+	case *routev3.RouteAction_RequestMirrorPolicy:
+		c.wrong("sends copies of requests elsewhere")
 	case *rbacv3.RBACPerRoute:
 		c.wrong("has an RBACPerRoute, which can switch authorization off")
 	case *rbacv3.RBAC:

@@ -96,10 +96,6 @@ func upstreamTLS(t segment.BackendTLS, g segment.Gateway) *corev3.TransportSocke
 			MatchTypedSubjectAltNames: []*tlsv3.SubjectAltNameMatcher{{
 				SanType: tlsv3.SubjectAltNameMatcher_DNS, Matcher: exact(t.ServerName)}},
 		}
-		if t.CAFile == "" {
-			validation.TrustedCa = nil
-			validation.SystemRootCerts = &tlsv3.CertificateValidationContext_SystemRootCerts{}
-		}
 		common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContext{ValidationContext: validation}
 	case segment.TLSMutual:
 		common.TlsCertificateSdsSecretConfigs = []*tlsv3.SdsSecretConfig{secret(g.ID.String())}

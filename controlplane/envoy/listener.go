@@ -44,7 +44,7 @@ func listener(cfg *segment.Config) *listenerv3.Listener {
 			Name:       "tls_inspector",
 			ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: pack(&inspectorv3.TlsInspector{})},
 		}},
-		AccessLog: refusedConnections(),
+		AccessLog: connections(),
 		// A listener that can't be bound must be an error, not a silent share with another process.
 		EnableReusePort: wrapperspb.Bool(false),
 	}

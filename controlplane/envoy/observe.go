@@ -81,18 +81,17 @@ func requests(e *segment.Endpoint) []*accesslogv3.AccessLog {
 		tag("trace_id", "%TRACE_ID%"),
 		tag("span_id", "%SPAN_ID%"),
 	}
-	return []*accesslogv3.AccessLog{accessLog("requests", &grpclogv3.HttpGrpcAccessLogConfig{CommonConfig: common}, nil)}
+	return []*accesslogv3.AccessLog{accessLog("requests", &grpclogv3.HttpGrpcAccessLogConfig{CommonConfig: common})}
 }
 
-// refusedConnections logs connections that did not get through TLS. Those that did are seen by their requests.
-func refusedConnections() []*accesslogv3.AccessLog {
-	return []*accesslogv3.AccessLog{accessLog("connections", &grpclogv3.TcpGrpcAccessLogConfig{CommonConfig: logTo("connections")},
-		&accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ResponseFlagFilter{
-			ResponseFlagFilter: &accesslogv3.ResponseFlagFilter{Flags: []string{"DPE", "NR"}}}})}
+// connections logs every connection when it ends, because only then is it known whether it got through TLS. Those that
+// did are seen by their requests, and their entries are skipped where they are received.
+func connections() []*accesslogv3.AccessLog {
+	return []*accesslogv3.AccessLog{accessLog("connections", &grpclogv3.TcpGrpcAccessLogConfig{CommonConfig: logTo("connections")})}
 }
 
-func accessLog(name string, config proto.Message, only *accesslogv3.AccessLogFilter) *accesslogv3.AccessLog {
-	return &accesslogv3.AccessLog{Name: name, Filter: only, ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: pack(config)}}
+func accessLog(name string, config proto.Message) *accesslogv3.AccessLog {
+	return &accesslogv3.AccessLog{Name: name, ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: pack(config)}}
 }
 
 func logTo(name string) *grpclogv3.CommonGrpcAccessLogConfig {

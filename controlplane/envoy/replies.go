@@ -21,9 +21,11 @@ type reply struct {
 
 const detail = "%LOCAL_REPLY_BODY%"
 
+// A denial repeats the name that the caller gave. It does not tell the name behind a UUID, nor whether there is one.
+
 var replies = []reply{
 	{403, "permission_denied", "no_grant", "AuthError",
-		"%DOWNSTREAM_PEER_URI_SAN% has no grant for %METADATA(ROUTE:sallyport:asks)%%FILTER_STATE(sallyport.name:PLAIN)%"},
+		"%DOWNSTREAM_PEER_URI_SAN% has no grant for %METADATA(ROUTE:sallyport:asks)%%DYNAMIC_METADATA(sallyport:name)%"},
 	{400, "invalid_request_error", "ambiguous_request", "InvalidArgumentError", detail},
 	{401, "authentication_error", "certificate_expired", "AuthError", detail},
 	{404, "invalid_request_error", "not_found", "NotFoundError", "nothing here serves this"},

@@ -130,9 +130,12 @@ func elsewhere() *routev3.Route {
 }
 
 func bare(e *segment.Endpoint, r segment.Route) *routev3.Route {
-	asks := string(r.Operation) + " "
-	if r.Resource == segment.NoResource {
+	asks := string(r.Operation) + " " // what the caller named follows
+	switch r.Resource {
+	case segment.NoResource:
 		asks = "anything here"
+	case segment.PathID:
+		asks = string(r.Operation) + " on this collection"
 	}
 	return &routev3.Route{
 		Name:  r.Name,

@@ -40,13 +40,14 @@ type Server struct {
 
 // gateway is what is known of one gateway. Versions are by type URL and resource name.
 type gateway struct {
-	streams  int
+	stream   int64  // the newest, which alone is believed; 0: none
 	target   string // generation
 	since    time.Time
 	wanted   versions
 	taken    versions
 	inForce  string
-	rejected map[string]Rejection // by type URL
+	rejected map[string]Rejection      // by type URL
+	refusals map[string]map[string]int // how often each resource was refused, or came with one that was
 }
 
 type versions map[string]map[string]string
@@ -115,20 +116,26 @@ func (s *Server) Publish(ctx context.Context, name segment.GatewayName, generati
 	if err := snapshot.ConstructVersionMap(); err != nil {
 		return fmt.Errorf("version resources: %w", err)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	g := s.gateways[name]
+	if g == nil {
+		g = &gateway{taken: versions{}, rejected: map[string]Rejection{}, refusals: map[string]map[string]int{}}
+		s.gateways[name] = g
+	}
 	wanted := versions{}
 	for _, url := range []string{resourcev3.ListenerType, resourcev3.RouteType, resourcev3.ExtensionConfigType, resourcev3.ClusterType, resourcev3.EndpointType} {
 		wanted[url] = snapshot.GetVersionMap(url)
-	}
-	s.mu.Lock()
-	g := s.gateways[name]
-	if g == nil {
-		g = &gateway{taken: versions{}, rejected: map[string]Rejection{}}
-		s.gateways[name] = g
+		// The cache takes what was refused for sent. Under another version it is sent again.
+		for name, n := range g.refusals[url] {
+			if version, ok := wanted[url][name]; ok {
+				wanted[url][name] = fmt.Sprintf("%s+%d", version, n)
+			}
+		}
 	}
 	g.target, g.since, g.wanted = generation, time.Now(), wanted
 	clear(g.rejected)
 	s.settle(g)
-	s.mu.Unlock()
 	if err := s.cache.SetSnapshot(ctx, string(name), snapshot); err != nil {
 		return fmt.Errorf("publish generation: %w", err)
 	}
@@ -145,7 +152,7 @@ func resources[T types.Resource](items []T) []types.Resource {
 
 // settle finds out whether the target is in force, and tells who waits. The caller holds the lock.
 func (s *Server) settle(g *gateway) {
-	if g.streams > 0 && len(g.pending()) == 0 {
+	if g.stream != 0 && len(g.pending()) == 0 {
 		g.inForce = g.target
 	}
 	close(s.changed)
@@ -207,7 +214,7 @@ func (s *Server) Status() []Status {
 	var all []Status
 	for _, name := range slices.Sorted(maps.Keys(s.gateways)) {
 		g := s.gateways[name]
-		st := Status{Gateway: name, Connected: g.streams > 0, Target: g.target, InForce: g.inForce, Pending: g.pending()}
+		st := Status{Gateway: name, Connected: g.stream != 0, Target: g.target, InForce: g.inForce, Pending: g.pending()}
 		for _, url := range slices.Sorted(maps.Keys(g.rejected)) {
 			st.Rejected = append(st.Rejected, g.rejected[url])
 		}
@@ -228,8 +235,8 @@ func (s *Server) opened(_ context.Context, id int64, _ string) error {
 func (s *Server) closed(id int64, _ *corev3.Node) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if g := s.gateways[s.streams[id].gateway]; g != nil {
-		g.streams--
+	if g := s.gateways[s.streams[id].gateway]; g != nil && g.stream == id {
+		g.stream = 0
 		s.settle(g)
 	}
 	delete(s.streams, id)
@@ -239,18 +246,22 @@ func (s *Server) asked(id int64, r *discoveryv3.DeltaDiscoveryRequest) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.streams[id]
-	if st.gateway == "" {
-		name := segment.GatewayName(r.GetNode().GetId())
+	if node := r.GetNode(); node != nil || st.gateway == "" {
+		name := segment.GatewayName(node.GetId())
 		g := s.gateways[name]
-		if g == nil {
+		if g == nil || st.gateway != "" && st.gateway != name {
 			return status.Errorf(codes.PermissionDenied, "no gateway is called %q here", name)
 		}
-		st.gateway = name
-		if g.streams++; g.streams == 1 {
-			g.taken = versions{} // it says itself what it has
+		if st.gateway == "" {
+			st.gateway = name
+			g.stream, g.taken = id, versions{} // it says itself what it has
+			clear(g.rejected)
 		}
 	}
 	g := s.gateways[st.gateway]
+	if g.stream != id {
+		return nil // an old stream that is about to end
+	}
 	if len(r.InitialResourceVersions) > 0 {
 		g.took(r.TypeUrl, r.InitialResourceVersions)
 	}
@@ -292,8 +303,12 @@ func (g *gateway) took(url string, names map[string]string) {
 
 func (g *gateway) refused(sent *discoveryv3.DeltaDiscoveryResponse, why string) {
 	r := Rejection{Type: sent.TypeUrl[strings.LastIndexByte(sent.TypeUrl, '.')+1:], Error: why, Time: time.Now()}
+	if g.refusals[sent.TypeUrl] == nil {
+		g.refusals[sent.TypeUrl] = map[string]int{}
+	}
 	for _, res := range sent.Resources {
 		r.Resources = append(r.Resources, res.Name)
+		g.refusals[sent.TypeUrl][res.Name]++
 	}
 	g.rejected[sent.TypeUrl] = r
 }
