@@ -13,17 +13,17 @@ export GOLANGCI_LINT_CACHE := $(CURDIR)/.parts/golangci-lint
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-build: ## Build .parts/bin/sallyport
-	go build -o .parts/bin/ ./cmd/sallyport
+build: ## Build .parts/bin/sallyport, and the demo
+	go build -o .parts/bin/ ./cmd/sallyport ./test/demo
 
 parts: ## Install what the demo runs: Envoy, a model server with its model, Chroma, their clients
 	deploy/parts/install.sh
 
 demo: build parts ## Run the RAG application behind the gateway, and check every verdict
-	go run ./test/demo
+	.parts/bin/demo
 
 up: build parts ## Start the demo and leave it running until Ctrl-C
-	go run ./test/demo -stay
+	.parts/bin/demo -stay
 
 test: parts vet lint unit fuzz python demo ## Everything that must pass, in this order
 

@@ -4,11 +4,9 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
-	"fmt"
-	"io"
 	"maps"
 	"slices"
-	"strings"
+	"strconv"
 	"time"
 
 	"sallyport.dev/segment"
@@ -139,8 +137,11 @@ func (c *compiler) class(caller segment.Pattern) *Class {
 	}
 	slices.Sort(covering)
 	covering = slices.Compact(covering)
-	key := fmt.Sprint(covering)
-	if class := c.classes[key]; class != nil {
+	var key []byte
+	for _, n := range covering {
+		key = append(strconv.AppendInt(key, int64(n), 36), ' ')
+	}
+	if class := c.classes[string(key)]; class != nil {
 		return class
 	}
 	statements := make([]*statement, len(covering))
@@ -157,7 +158,7 @@ func (c *compiler) class(caller segment.Pattern) *Class {
 		class.Shadow = c.rights(statements)
 	}
 	class.ID = digest(class)
-	c.classes[key] = class
+	c.classes[string(key)] = class
 	return class
 }
 
@@ -254,16 +255,18 @@ func (c *compiler) implied(statements []*statement, words map[segment.Operation]
 }
 
 func digest(class *Class) string {
-	h := sha256.New()
+	var text []byte
 	for _, rights := range []Rights{class.Enforced, class.Shadow} {
 		for _, op := range slices.Sorted(maps.Keys(rights)) {
 			for p, leaf := range rights[op].All() {
-				var b strings.Builder
-				fmt.Fprintf(&b, "%s %q %t %s\n", op, p, leaf.Allowed, leaf.Rule)
-				io.WriteString(h, b.String())
+				text = append(append(text, op...), ' ')
+				text = append(strconv.AppendQuote(text, string(p)), ' ')
+				text = append(strconv.AppendBool(text, leaf.Allowed), ' ')
+				text = append(append(text, leaf.Rule...), '\n')
 			}
 		}
-		io.WriteString(h, "--\n")
+		text = append(text, "--\n"...)
 	}
-	return hex.EncodeToString(h.Sum(nil)[:8])
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:8])
 }

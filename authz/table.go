@@ -67,6 +67,12 @@ func (t Table[V]) Len() int { return len(t.entries) }
 // All yields the entries sorted by pattern.
 func (t Table[V]) All() iter.Seq2[segment.Pattern, V] {
 	return func(yield func(segment.Pattern, V) bool) {
+		if len(t.entries) == 1 { // by far the most frequent
+			for p, v := range t.entries {
+				yield(p, v)
+			}
+			return
+		}
 		for _, p := range slices.Sorted(maps.Keys(t.entries)) {
 			if !yield(p, t.entries[p]) {
 				return

@@ -113,7 +113,7 @@ func (p *Pipeline) complain(problems segment.Problems) {
 	p.state.Store(&State{Generation: last, Problems: problems})
 	force := "nothing"
 	if last != nil {
-		force = string(last.Digest.Short())
+		force = last.Digest.Short()
 	}
 	for _, problem := range problems {
 		p.Log.Error("document refused", "problem", problem.String(), "generation", force)

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -110,7 +109,7 @@ func defaultWorkloadSocket() string {
 func operatorSocket(state string) string { return filepath.Join(state, "run", "operator.sock") }
 
 // ask calls a running `up` and turns the errors of a missing one into words.
-func ask[T any](ctx context.Context, state string, call func(*operator.Client) (T, error)) (T, error) {
+func ask[T any](state string, call func(*operator.Client) (T, error)) (T, error) {
 	answer, err := call(operator.NewClient(operatorSocket(state)))
 	if notRunning(err) {
 		return answer, failed("start it with `sallyport up -f DIR`, or name its state folder with --state",

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/url"
@@ -33,11 +34,11 @@ shows all problems. It changes nothing and asks nobody. Exit status 1 if there i
 		Args:    oneDir,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg, err := d.assemble(args[0])
-			if problems, ok := err.(segment.Problems); ok {
-				if o.format == "text" {
-					return problems
+			var problems segment.Problems
+			if errors.As(err, &problems) && o.format != "text" {
+				if err := o.print(cmd.OutOrStdout(), problems, nil); err != nil {
+					return err
 				}
-				_ = o.print(cmd.OutOrStdout(), problems, nil)
 				return errProblems
 			}
 			if err != nil {
@@ -137,7 +138,7 @@ Exit status 1 if the request is denied.`,
 
 func explanation(ctx context.Context, d *deployment, from, state string, r authz.Request) (authz.Explanation, error) {
 	if from == "" {
-		return ask(ctx, state, func(c *operator.Client) (ex authz.Explanation, err error) {
+		return ask(state, func(c *operator.Client) (ex authz.Explanation, err error) {
 			return ex, c.Get(ctx, "/explain", url.Values{"caller": {r.Caller}, "endpoint": {string(r.Endpoint)},
 				"operation": {string(r.Operation)}, "resource": {r.Resource}}, &ex)
 		})
@@ -152,7 +153,7 @@ func explanation(ctx context.Context, d *deployment, from, state string, r authz
 
 func rightsOf(ctx context.Context, d *deployment, from, state, caller string) ([]authz.Right, error) {
 	if from == "" {
-		return ask(ctx, state, func(c *operator.Client) (rights []authz.Right, err error) {
+		return ask(state, func(c *operator.Client) (rights []authz.Right, err error) {
 			return rights, c.Get(ctx, "/rights", url.Values{"caller": {caller}}, &rights)
 		})
 	}
@@ -251,7 +252,7 @@ func renderCommand() *cobra.Command {
 
 func rendered(ctx context.Context, d *deployment, from, state string) (json.RawMessage, error) {
 	if from == "" {
-		return ask(ctx, state, func(c *operator.Client) (text json.RawMessage, err error) {
+		return ask(state, func(c *operator.Client) (text json.RawMessage, err error) {
 			return text, c.Get(ctx, "/render", nil, &text)
 		})
 	}

@@ -29,7 +29,7 @@ still on its way and what it has refused, and why. Exit status 1 if documents ha
 refused something.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			st, err := ask(cmd.Context(), state, func(c *operator.Client) (st operator.Status, err error) {
+			st, err := ask(state, func(c *operator.Client) (st operator.Status, err error) {
 				return st, c.Get(cmd.Context(), "/status", nil, &st)
 			})
 			if err != nil {
@@ -167,7 +167,7 @@ func flowsCommand() *cobra.Command {
 			if follow {
 				q.Set("follow", "true")
 			}
-			body, err := ask(cmd.Context(), state, func(c *operator.Client) (io.ReadCloser, error) {
+			body, err := ask(state, func(c *operator.Client) (io.ReadCloser, error) {
 				return c.Stream(cmd.Context(), "/flows", q)
 			})
 			if err != nil {
@@ -235,7 +235,7 @@ func tracesCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			traces, err := ask(cmd.Context(), state, func(c *operator.Client) (t []telemetry.Summary, err error) {
+			traces, err := ask(state, func(c *operator.Client) (t []telemetry.Summary, err error) {
 				return t, c.Get(cmd.Context(), "/traces", q, &t)
 			})
 			if err != nil {
@@ -255,7 +255,7 @@ func tracesCommand() *cobra.Command {
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			trace, err := ask(cmd.Context(), state, func(c *operator.Client) (t telemetry.Trace, err error) {
+			trace, err := ask(state, func(c *operator.Client) (t telemetry.Trace, err error) {
 				return t, c.Get(cmd.Context(), "/traces/"+url.PathEscape(args[0]), nil, &t)
 			})
 			if err != nil {

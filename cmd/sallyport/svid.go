@@ -38,7 +38,7 @@ func svidCommand() *cobra.Command {
 		svidSub("watch", "Keep the files fresh until Ctrl-C", func(ctx context.Context, c svidfile.Config, _ *cobra.Command) error {
 			err := svidfile.Watch(ctx, c)
 			if ctx.Err() != nil {
-				return nil
+				return nil //nolint:nilerr // Ctrl-C is how watching ends
 			}
 			return err
 		}),

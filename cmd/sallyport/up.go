@@ -207,8 +207,11 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 
 	// The store outlives the others, so that it writes what they have still received.
 	storeCtx, storeStop := context.WithCancel(context.WithoutCancel(ctx))
-	storeDone := make(chan error, 1)
-	go func() { storeDone <- records.Run(storeCtx) }()
+	storeDone := make(chan struct{})
+	go func() {
+		defer close(storeDone)
+		_ = records.Run(storeCtx) // always nil: a disk that fails is no reason to end
+	}()
 
 	supervisor := &gateway.Supervisor{
 		Binary: binary, Folder: state.run, Concurrency: u.concurrency, Log: log,
@@ -235,8 +238,8 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 
 // announce says when the first generation is in force.
 func announce(ctx context.Context, log *slog.Logger, gateways *xds.Server, options v1alpha1.Options, u *up) error {
-	if gateways.WaitInForce(ctx, options.Gateway.Name) != nil {
-		return nil // ended before
+	if err := gateways.WaitInForce(ctx, options.Gateway.Name); err != nil {
+		return nil //nolint:nilerr // it was told to end before
 	}
 	log.Info("ready", "gateway", options.Gateway.Name, "listen", u.listen, "trust_domain", options.TrustDomain,
 		"workload_socket", u.workload, "state", u.state)

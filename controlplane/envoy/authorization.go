@@ -24,13 +24,13 @@ import (
 //
 //	members   class    := the caller's SPIFFE ID, or the digest of the class that it belongs to
 //	names     name     := the resource that the UUID in the path belongs to (only where there are UUIDs)
-//	question  question := CLASS|OPERATION=NAME and request := OPERATION=NAME
+//	question  question := =CLASS|OPERATION=NAME and request := OPERATION=NAME
 //	rights    RBAC: question in the exact map? its leaf. A prefix of it in the prefix map? its leaf.
 //	          CLASS below a caller prefix? request in that prefix's two maps. Else default-deny.
 //
-// Every step is a look-up, so cost does not grow with the number of grants. The "=" stands in the question only
-// when the extraction stage has judged the request and the name is known, so a stage that failed or was left
-// out makes a question that no grant answers.
+// Every step is a look-up, so cost does not grow with the number of grants. The "=" stands in both only when the
+// extraction stage has judged the request and the name is known, so a stage that failed or was left out makes a
+// question that no grant answers; the first one also for a caller whose own name looks like a whole question.
 const (
 	stateClass    = "sallyport.class"
 	stateName     = "sallyport.name"
@@ -44,10 +44,14 @@ const (
 // look-up per request then keeps apps × models from multiplying out.
 const maxWrittenOut = 20000
 
-// MembersName, NamesName and RightsName are the ECDS resources of an endpoint.
+// MembersName is the ECDS resource that puts an endpoint's callers into classes.
 func MembersName(e segment.EndpointName) string { return "authz/" + string(e) + "/members" }
-func NamesName(e segment.EndpointName) string   { return "authz/" + string(e) + "/names" }
-func RightsName(e segment.EndpointName) string  { return "authz/" + string(e) + "/rights" }
+
+// NamesName is the ECDS resource that turns an endpoint's UUIDs into names.
+func NamesName(e segment.EndpointName) string { return "authz/" + string(e) + "/names" }
+
+// RightsName is the ECDS resource that decides at an endpoint.
+func RightsName(e segment.EndpointName) string { return "authz/" + string(e) + "/rights" }
 
 func authorization(e *segment.Endpoint, policy *authz.Endpoint, names map[string]string) []*corev3.TypedExtensionConfig {
 	if policy == nil {
@@ -115,18 +119,19 @@ func rights(policy *authz.Endpoint, classes bool) proto.Message {
 
 func decisions(policy *authz.Endpoint, classes bool, of func(*authz.Class) authz.Rights) *matcherv3.Matcher {
 	exact, prefix, below := branches{}, branches{}, branches{}
+	ends := endings{}
 	if classes {
 		for _, class := range policy.Classes {
-			addLeaves(exact, prefix, class.ID+"|", of(class))
+			ends.add(exact, prefix, "="+class.ID+"|", of(class))
 		}
 	} else {
 		for caller, class := range policy.Members.All() {
 			if !caller.IsPrefix() {
-				addLeaves(exact, prefix, string(caller)+"|", of(class))
+				ends.add(exact, prefix, "="+string(caller)+"|", of(class))
 				continue
 			}
 			requests, families := branches{}, branches{}
-			addLeaves(requests, families, "", of(class))
+			ends.add(requests, families, "", of(class))
 			below[caller.Stem()] = &matcherv3.Matcher_OnMatch{OnMatch: &matcherv3.Matcher_OnMatch_Matcher{
 				Matcher: orDeny(exactly(stateInput(stateRequest), requests, longest(stateInput(stateRequest), families, nil)))}}
 		}
@@ -135,11 +140,17 @@ func decisions(policy *authz.Endpoint, classes bool, of func(*authz.Class) authz
 		longest(stateInput(stateQuestion), prefix, longest(stateInput(stateClass), below, nil))))
 }
 
-// addLeaves writes out what one class may do.
-func addLeaves(exact, prefix branches, before string, rights authz.Rights) {
-	for _, op := range sortedKeys(rights) {
-		for resource, leaf := range rights[op].All() {
-			exact.or(prefix, resource)[before+string(op)+"="+resource.Stem()] = decide(leaf)
+// endings are the ends that decide, each of them made once: most leaves are the same as another.
+type endings map[authz.Leaf]*matcherv3.Matcher_OnMatch
+
+// add writes out what one class may do.
+func (ends endings) add(exact, prefix branches, before string, rights authz.Rights) {
+	for op, resources := range rights {
+		for resource, leaf := range resources.All() {
+			if ends[leaf] == nil {
+				ends[leaf] = decide(leaf)
+			}
+			exact.or(prefix, resource)[before+string(op)+"="+resource.Stem()] = ends[leaf]
 		}
 	}
 }

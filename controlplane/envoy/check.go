@@ -1,6 +1,7 @@
 package envoy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -53,11 +54,13 @@ func Check(r *Resources) error {
 	}
 	for _, x := range r.Extensions {
 		c.at = "extension " + x.Name
+		c.opened = map[string]map[string]proto.Message{}
 		c.everywhere(x)
 		if strings.HasSuffix(x.Name, "/rights") {
 			c.rights(x.TypedConfig)
 		}
 	}
+	c.opened = nil
 	for _, x := range r.Listeners {
 		c.listener(x)
 	}
@@ -69,6 +72,9 @@ type checker struct {
 
 	at    string // what is being read
 	found []error
+
+	// Of one extension: what it holds, by type and by encoding. There is little in many leaves that differs.
+	opened map[string]map[string]proto.Message
 }
 
 func (c *checker) wrong(format string, args ...any) {
@@ -197,8 +203,10 @@ func (c *checker) filters(endpoint segment.EndpointName, filters []*hcmv3.HttpFi
 }
 
 func (c *checker) rights(config *anypb.Any) {
-	rbac := &rbacv3.RBAC{}
-	if !c.unpack(config, rbac) {
+	opened, _, err := c.open(config)
+	rbac, ok := opened.(*rbacv3.RBAC)
+	if !ok {
+		c.wrong("is not what it should be: %v", cmp.Or(err, errors.New("no RBAC")))
 		return
 	}
 	if rbac.Matcher == nil {
@@ -249,9 +257,11 @@ func (c *checker) decides(m *matcherv3.Matcher) {
 
 // verdict demands that an action allows by a grant or denies by a rule, and returns it.
 func (c *checker) verdict(x *xdscorev3.TypedExtensionConfig) *rbacconfigv3.Action {
-	action := &rbacconfigv3.Action{}
-	if !c.unpack(x.GetTypedConfig(), action) {
-		return action
+	opened, _, err := c.open(x.GetTypedConfig())
+	action, ok := opened.(*rbacconfigv3.Action)
+	if !ok {
+		c.wrong("is not what it should be: %v", cmp.Or(err, errors.New("no Action")))
+		return nil
 	}
 	allowed := action.Action == rbacconfigv3.RBAC_ALLOW && strings.HasPrefix(action.Name, string(authz.RuleOf("")))
 	denied := action.Action == rbacconfigv3.RBAC_DENY && action.Name != ""
@@ -259,6 +269,23 @@ func (c *checker) verdict(x *xdscorev3.TypedExtensionConfig) *rbacconfigv3.Actio
 		c.wrong("has a verdict %s by %q", action.Action, action.Name)
 	}
 	return action
+}
+
+// open unpacks what an extension holds, and tells whether the same has been opened in it before.
+func (c *checker) open(a *anypb.Any) (m proto.Message, before bool, err error) {
+	if m = c.opened[a.GetTypeUrl()][string(a.GetValue())]; m != nil {
+		return m, true, nil
+	}
+	if m, err = a.UnmarshalNew(); err != nil {
+		return nil, false, err
+	}
+	if c.opened != nil {
+		if c.opened[a.TypeUrl] == nil {
+			c.opened[a.TypeUrl] = map[string]proto.Message{}
+		}
+		c.opened[a.TypeUrl][string(a.Value)] = m
+	}
+	return m, false, nil
 }
 
 func (c *checker) unpack(a *anypb.Any, into proto.Message) bool {
@@ -295,13 +322,20 @@ func (c *checker) everywhere(m proto.Message) {
 		if _, is := x.Identifier.(*rbacconfigv3.Principal_Authenticated_); is {
 			c.wrong("has an Authenticated principal, which admits callers by DNS names or without a certificate")
 		}
+	case *matcherv3.Matcher_OnMatch: // no other message is so frequent; the rest of an action is its name
+		if held := x.GetAction().GetTypedConfig(); held != nil {
+			c.everywhere(held)
+			return
+		}
 	case *anypb.Any:
-		inner, err := x.UnmarshalNew()
+		inner, before, err := c.open(x)
 		if err != nil {
 			c.wrong("holds something unknown: %v", err)
 			return
 		}
-		c.everywhere(inner)
+		if !before {
+			c.everywhere(inner)
+		}
 		return
 	}
 	m.ProtoReflect().Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {

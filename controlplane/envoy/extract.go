@@ -71,7 +71,7 @@ func question(e *segment.Endpoint) *setstatev3.Config {
 	const request = "%METADATA(ROUTE:sallyport:operation)%%FILTER_STATE(sallyport.resolved:PLAIN)%%FILTER_STATE(sallyport.name:PLAIN)%"
 	config := setState(
 		state{stateRequest, request},
-		state{stateQuestion, "%FILTER_STATE(sallyport.class:PLAIN)%|" + request},
+		state{stateQuestion, "%FILTER_STATE(sallyport.resolved:PLAIN)%%FILTER_STATE(sallyport.class:PLAIN)%|" + request},
 	)
 	config.ClearRouteCache = len(modelPools(e)) > 1
 	return config

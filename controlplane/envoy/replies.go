@@ -61,9 +61,8 @@ func localReplies(e *segment.Endpoint) *hcmv3.LocalReplyConfig {
 			panic("encode reply: " + err.Error()) // constants only
 		}
 		format := &corev3.SubstitutionFormatString{
-			Format:            &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: body},
-			OmitEmptyValues:   true,
-			JsonFormatOptions: &corev3.JsonFormatOptions{SortProperties: false},
+			Format:          &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: body},
+			OmitEmptyValues: true,
 		}
 		if r.status == 0 {
 			config.BodyFormat = format

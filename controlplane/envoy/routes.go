@@ -35,8 +35,10 @@ func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 	host := &routev3.VirtualHost{
 		Name:    string(e.Name),
 		Domains: e.Hostnames,
-		// A caller is its certificate. Whatever key its SDK insists on is none of the backend's business.
-		RequestHeadersToRemove: []string{"authorization", "x-api-key", "api-key", "x-chroma-token"},
+		// A caller is its certificate. Whatever key its SDK insists on is none of the backend's business, and
+		// whatever it says of where it comes from is no better.
+		RequestHeadersToRemove: []string{"authorization", "proxy-authorization", "x-api-key", "api-key", "x-chroma-token",
+			"forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", CallerHeader, EndpointHeader, RouteHeader},
 	}
 	if e.Protocol == segment.OpenAI { // usage can't be read from an answer that is compressed
 		host.RequestHeadersToRemove = append(host.RequestHeadersToRemove, "accept-encoding")
@@ -62,9 +64,10 @@ func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 	}
 	host.Routes = append(host.Routes, elsewhere())
 	return &routev3.RouteConfiguration{
-		Name:             RoutesName(e.Name),
-		VirtualHosts:     []*routev3.VirtualHost{host},
-		ValidateClusters: wrapperspb.Bool(false), // Check has seen that they exist; CDS may come a moment later
+		Name:                            RoutesName(e.Name),
+		VirtualHosts:                    []*routev3.VirtualHost{host},
+		MostSpecificHeaderMutationsWins: true,                   // a route to the catalogue adds headers that the host removes
+		ValidateClusters:                wrapperspb.Bool(false), // Check has seen that they exist; CDS may come a moment later
 	}
 }
 

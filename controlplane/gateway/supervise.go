@@ -56,7 +56,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 		began := time.Now()
 		err := s.once(ctx, config)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // it was told to end
 		}
 		if time.Since(began) > stable {
 			backoff = firstBackoff

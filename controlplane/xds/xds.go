@@ -42,7 +42,6 @@ type Server struct {
 type gateway struct {
 	stream   int64  // the newest, which alone is believed; 0: none
 	target   string // generation
-	since    time.Time
 	wanted   versions
 	taken    versions
 	inForce  string
@@ -125,15 +124,16 @@ func (s *Server) Publish(ctx context.Context, name segment.GatewayName, generati
 	}
 	wanted := versions{}
 	for _, url := range []string{resourcev3.ListenerType, resourcev3.RouteType, resourcev3.ExtensionConfigType, resourcev3.ClusterType, resourcev3.EndpointType} {
-		wanted[url] = snapshot.GetVersionMap(url)
-		// The cache takes what was refused for sent. Under another version it is sent again.
+		inCache := snapshot.GetVersionMap(url)
+		wanted[url] = maps.Clone(inCache)
+		// The cache takes what was refused for sent. Under another version, which only it sees, it is sent again.
 		for name, n := range g.refusals[url] {
-			if version, ok := wanted[url][name]; ok {
-				wanted[url][name] = fmt.Sprintf("%s+%d", version, n)
+			if version, ok := inCache[name]; ok {
+				inCache[name] = fmt.Sprintf("%s+%d", version, n)
 			}
 		}
 	}
-	g.target, g.since, g.wanted = generation, time.Now(), wanted
+	g.target, g.wanted = generation, wanted
 	clear(g.rejected)
 	s.settle(g)
 	if err := s.cache.SetSnapshot(ctx, string(name), snapshot); err != nil {
@@ -309,6 +309,7 @@ func (g *gateway) refused(sent *discoveryv3.DeltaDiscoveryResponse, why string) 
 	for _, res := range sent.Resources {
 		r.Resources = append(r.Resources, res.Name)
 		g.refusals[sent.TypeUrl][res.Name]++
+		delete(g.taken[sent.TypeUrl], res.Name) // which of them it has taken after all, it does not say
 	}
 	g.rejected[sent.TypeUrl] = r
 }

@@ -80,6 +80,5 @@ func (a *AccessLog) add(f telemetry.Flow, isFlow bool) {
 // finished tells the one entry at the end of a request from those that a gateway may write while it runs.
 func finished(common *accesslogv3.AccessLogCommon) bool {
 	t := common.GetAccessLogType()
-	return !common.GetIntermediateLogEntry() &&
-		(t == accesslogv3.AccessLogType_NotSet || t == accesslogv3.AccessLogType_DownstreamEnd)
+	return t == accesslogv3.AccessLogType_NotSet || t == accesslogv3.AccessLogType_DownstreamEnd
 }

@@ -171,7 +171,7 @@ func TestSpansAreBounded(t *testing.T) {
 		"long":  {text("k", long)},
 		"key":   {text(long, "v")},
 		"deep":  {{Key: "k", Value: deep}},
-		"wide":  {{Key: "k", Value: of([]*commonpb.AnyValue(make([]*commonpb.AnyValue, 100_000)))}},
+		"wide":  {{Key: "k", Value: of(make([]*commonpb.AnyValue, 100_000))}},
 		"many":  manyAttributes(10_000, "v"),
 		"total": manyAttributes(100, long[:4000]),
 		"bytes": {{Key: "k", Value: of(make([]byte, 1<<20))}},

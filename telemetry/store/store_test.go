@@ -346,7 +346,9 @@ func TestAge(t *testing.T) {
 			t.Errorf("%d rows after two days", n)
 		}
 		cancel()
-		<-done
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
 	})
 }
 
