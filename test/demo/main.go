@@ -117,7 +117,7 @@ func (d *demo) play(ctx context.Context, stay bool) error {
 		return err
 	}
 	saying("reading what the gateway saw")
-	r := report{attempts: seen, strangers: refused, removal: removal, rotation: rotation, started: started}
+	r := report{attempts: seen, strangers: refused, removal: removal, rotation: rotation, began: began, started: started}
 	for _, line := range asked {
 		if line.Question != "" {
 			r.question, r.answer, r.sources, r.trace = line.Question, line.Answer, line.Sources, line.TraceID

@@ -24,7 +24,8 @@ type report struct {
 	strangers []stranger
 	removal   removed
 	rotation  rotated
-	started   time.Duration
+	began     time.Time
+	started   time.Duration // how long that took
 
 	question, answer string
 	sources          []string
@@ -54,6 +55,15 @@ func (d *demo) collect(ctx context.Context, r *report) error {
 			if r.flowOf(a) == nil {
 				return false
 			}
+		}
+		knocks := 0
+		for _, f := range r.flows {
+			if f.Verdict == telemetry.Refused && f.Method == "" && f.Caller.IsZero() && !f.Time.Before(r.began) {
+				knocks++
+			}
+		}
+		if knocks < len(r.strangers) {
+			return false
 		}
 		tree, err := exec.CommandContext(ctx, d.sallyport(), "traces", "show", string(r.trace), "--state", d.state).Output()
 		r.tree = string(tree)
@@ -89,31 +99,61 @@ func wrong(a attempt, f *telemetry.Flow) string {
 	return ""
 }
 
+// line is what the gateway reported of one kind of request: all of it is the same but the numbers, which are summed up.
+type line struct {
+	telemetry.Flow
+	what  string
+	times int
+}
+
+func (r *report) lines() []*line {
+	var all []*line
+	for _, a := range r.attempts {
+		f := r.flowOf(a)
+		words := slices.DeleteFunc(strings.Fields(a.What), func(w string) bool { return strings.Trim(w, "0123456789") == "" })
+		what := strings.Join(words, " ") // "write 8 sections" is the same as "write 2 sections"
+		i := slices.IndexFunc(all, func(l *line) bool {
+			return l.what == what && l.Caller == f.Caller && l.Endpoint == f.Endpoint && l.Operation == f.Operation &&
+				l.Resource == f.Resource && l.Verdict == f.Verdict && l.Rule == f.Rule && l.Status == f.Status
+		})
+		if i < 0 {
+			i = len(all)
+			all = append(all, &line{Flow: *f, what: what})
+		} else {
+			all[i].Duration += f.Duration
+			all[i].InputTokens += f.InputTokens
+			all[i].OutputTokens += f.OutputTokens
+		}
+		all[i].times++
+	}
+	return all
+}
+
 // print writes two screens, and returns an error if anything was not as it had to be.
 func (r *report) print(out io.Writer, d *demo) error {
 	var problems []string
 	fmt.Fprintf(out, "A real RAG application, through the gateway (everything was ready after %.1f s)\n\n", r.started.Seconds())
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "CALLER\tENDPOINT\tOPERATION\tRESOURCE\tVERDICT\tBY\tSTATUS\tLATENCY\tTOKENS\tWHAT IT TRIED")
-	row := func(a attempt) {
-		f := r.flowOf(a)
-		verdict := "✓ allowed"
-		if f.Verdict != telemetry.Allowed {
-			verdict = "✗ " + string(f.Verdict)
-		}
-		tokens := ""
-		if f.InputTokens+f.OutputTokens > 0 {
-			tokens = fmt.Sprintf("%d+%d", f.InputTokens, f.OutputTokens)
-		}
-		if why := wrong(a, f); why != "" {
-			problems = append(problems, fmt.Sprintf("%s, %s: %s", a.Caller, a.What, why))
-			verdict += " !"
-		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", a.Caller, f.Endpoint, or(string(f.Operation), "-"), or(f.Resource, "-"),
-			verdict, strings.TrimPrefix(f.Rule, "grant/"), f.Status, milliseconds(f.Duration), tokens, a.What)
-	}
 	for _, a := range r.attempts {
-		row(a)
+		if why := wrong(a, r.flowOf(a)); why != "" {
+			problems = append(problems, fmt.Sprintf("%s, %s: %s", a.Caller, a.What, why))
+		}
+	}
+	for _, l := range r.lines() {
+		verdict := "✓ allowed"
+		if l.Verdict != telemetry.Allowed {
+			verdict = "✗ " + string(l.Verdict)
+		}
+		tokens, what := "", l.what
+		if l.InputTokens+l.OutputTokens > 0 {
+			tokens = fmt.Sprintf("%d+%d", l.InputTokens, l.OutputTokens)
+		}
+		if l.times > 1 {
+			what += fmt.Sprintf(" (%d times)", l.times)
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%s\n", short(l.Caller.String()), l.Endpoint, or(string(l.Operation), "-"),
+			or(l.Resource, "-"), verdict, strings.TrimPrefix(l.Rule, "grant/"), l.Status, milliseconds(l.Duration), tokens, what)
 	}
 	for _, s := range r.strangers {
 		verdict := "✗ refused"
