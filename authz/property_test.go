@@ -157,7 +157,8 @@ func TestExplain(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		cfg, now := anyConfig(t), moment(t)
 		policy := authz.Compile(&cfg, now)
-		for _, r := range requests {
+		for i := rapid.IntRange(0, 4).Draw(t, "first"); i < len(requests); i += 5 {
+			r := requests[i]
 			got := authz.Decide(policy, r)
 			ex := authz.Explain(policy, &cfg, r, now)
 			if ex.Decision != got || ex.Request != r {

@@ -88,10 +88,11 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		if next = g.Policy.NextChange; !next.IsZero() {
 			expiry.Reset(time.Until(next))
 		}
-		if last := p.State().Generation; last != nil && last.Digest == g.Digest {
-			g = last // nothing that has an effect has changed: nothing is pushed
-		} else if err := p.publish(ctx, g); err != nil {
-			return err
+		// Where nothing has changed that has an effect, nothing is pushed: only positions and the like are new.
+		if last := p.State().Generation; last == nil || last.Digest != g.Digest {
+			if err := p.publish(ctx, g); err != nil {
+				return err
+			}
 		}
 		p.state.Store(&State{Generation: g, Problems: problems})
 	}

@@ -1,7 +1,6 @@
 package envoy
 
 import (
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -139,34 +138,42 @@ func (q *request) input(x *xdscorev3.TypedExtensionConfig) (string, bool) {
 	return "", false
 }
 
-var command = regexp.MustCompile(`%%|%([A-Z_]+)(?:\(([^)]*)\))?%`)
-
 // format fills in what Envoy does: a value that is missing reads "-", or nothing if it says so.
 func (q *request) format(text string, omit bool) string {
-	return command.ReplaceAllStringFunc(text, func(s string) string {
-		if s == "%%" {
-			return "%"
+	var out strings.Builder
+	for {
+		plain, rest, found := strings.Cut(text, "%")
+		out.WriteString(plain)
+		if !found {
+			return out.String()
 		}
-		parts, value := command.FindStringSubmatch(s), ""
-		arg := strings.TrimSuffix(parts[2], ":PLAIN")
-		switch parts[1] {
-		case "DOWNSTREAM_PEER_URI_SAN":
-			value = q.caller
-		case "FILTER_STATE":
-			value = q.state[arg]
-		case "DYNAMIC_METADATA":
-			value = q.found[strings.TrimPrefix(arg, "sallyport:")]
-		case "METADATA":
-			if arg != "ROUTE:sallyport:operation" {
-				q.t.Fatalf("unknown metadata %s", arg)
-			}
-			value = q.operation
-		default:
-			q.t.Fatalf("unknown command %s", s)
+		command, after, _ := strings.Cut(rest, "%")
+		if text = after; command == "" {
+			out.WriteByte('%')
+			continue
 		}
+		value := q.value(command)
 		if value == "" && !omit {
-			return "-"
+			value = "-"
 		}
-		return value
-	})
+		out.WriteString(value)
+	}
+}
+
+func (q *request) value(command string) string {
+	name, arg, _ := strings.Cut(strings.TrimSuffix(command, ")"), "(")
+	switch arg = strings.TrimSuffix(arg, ":PLAIN"); name {
+	case "DOWNSTREAM_PEER_URI_SAN":
+		return q.caller
+	case "FILTER_STATE":
+		return q.state[arg]
+	case "DYNAMIC_METADATA":
+		return q.found[strings.TrimPrefix(arg, "sallyport:")]
+	case "METADATA":
+		if arg == "ROUTE:sallyport:operation" {
+			return q.operation
+		}
+	}
+	q.t.Fatalf("unknown command %s", command)
+	return ""
 }

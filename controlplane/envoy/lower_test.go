@@ -89,7 +89,7 @@ func TestLoweringAgreesWithDecide(t *testing.T) {
 					t.Fatal(err)
 				}
 				opened := map[*anypb.Any]proto.Message{}
-				for i := rapid.IntRange(0, 3).Draw(t, "first"); i < len(requests); i += 4 {
+				for i := rapid.IntRange(0, 4).Draw(t, "first"); i < len(requests); i += 5 {
 					ask := requests[i]
 					if policy.Endpoints[ask.Endpoint] == nil {
 						continue
@@ -131,7 +131,7 @@ func TestLoweringAgreesWithTables(t *testing.T) {
 					continue
 				}
 				if strings.Contains(line.Request.Caller, "|") || strings.Contains(string(line.Request.Operation), "=") {
-					continue // no SPIFFE ID (SPIFFE-ID, section 2.2) and no operation of a route has these
+					continue // extraction refuses who is no SPIFFE ID (SPIFFE-ID, section 2), and no route has such an operation
 				}
 				q := &request{t: t, caller: line.Request.Caller, operation: string(line.Request.Operation),
 					found: map[string]string{"resolved": "=", "name": line.Request.Resource}}
@@ -174,6 +174,17 @@ spec: {from: [{trustDomain: example.org}, {spiffeID: 'spiffe://example.org/a'}],
 		unknown := request{t: t, caller: good.caller, operation: "Read", found: map[string]string{"id": "ffffffff-0000-0000-0000-000000000000"}}
 		if got := unknown.pass(r, "docs"); got.Allowed {
 			t.Errorf("classes %t: an unknown UUID is allowed: %v", classes, unknown.state)
+		}
+	}
+}
+
+// The name of a collection is anybody's choice, and no format string.
+func TestNamesAreLiteral(t *testing.T) {
+	for _, name := range []string{"%REQ(X)%", "50%", "%%", "%DOWNSTREAM_PEER_URI_SAN%", "=", "a|b=c", "ü"} {
+		q := request{t: t, caller: "spiffe://example.org/a", found: map[string]string{"id": "1"}, state: map[string]string{stateID: "1"}}
+		q.run(pack(resolve(map[string]string{"1": name})))
+		if q.state[stateName] != name || q.state[stateResolved] != "=" {
+			t.Errorf("%q becomes %q", name, q.state)
 		}
 	}
 }

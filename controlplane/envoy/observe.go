@@ -8,6 +8,7 @@ import (
 	tracev3 "github.com/envoyproxy/go-control-plane/envoy/config/trace/v3"
 	grpclogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/grpc/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	samplersv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/tracers/opentelemetry/samplers/v3"
 	tagv3 "github.com/envoyproxy/go-control-plane/envoy/type/tracing/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/proto"
@@ -57,7 +58,11 @@ func tracing(e *segment.Endpoint) *hcmv3.HttpConnectionManager_Tracing {
 		UpstreamOperation: "to %UPSTREAM_CLUSTER%",
 		CustomTags:        tags,
 		Provider: &tracev3.Tracing_Http{Name: "opentelemetry", ConfigType: &tracev3.Tracing_Http_TypedConfig{
-			TypedConfig: pack(&tracev3.OpenTelemetryConfig{GrpcService: grpcTo(ControlCluster), ServiceName: "sallyport-gateway"})}},
+			TypedConfig: pack(&tracev3.OpenTelemetryConfig{
+				GrpcService: grpcTo(ControlCluster),
+				ServiceName: "sallyport-gateway",
+				Sampler:     extension("always", &samplersv3.AlwaysOnSamplerConfig{}), // else a caller could ask not to be traced
+			})}},
 	}
 }
 
