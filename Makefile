@@ -1,8 +1,9 @@
-# Needs Go, GNU make 4, Python 3.11 with its venv module, and a C compiler (for the race detector only).
+# Needs Go, GNU make 4 and Python 3.11 with its venv module. With a C compiler the tests run under the race detector.
 # Go modules and pip bring everything else. What is made stands under .parts/.
 
 FUZZTIME ?= 10s
 venv := $(CURDIR)/.parts/venv
+race := $(if $(shell command -v gcc || command -v cc),-race)
 
 export PYTHONDONTWRITEBYTECODE := 1
 export GOLANGCI_LINT_CACHE := $(CURDIR)/.parts/golangci-lint
@@ -33,8 +34,8 @@ vet:
 lint: ## Look for mistakes (.golangci.yaml)
 	go tool -modfile=tools/go.mod golangci-lint run ./...
 
-unit: parts ## Run the Go tests under the race detector
-	go test -race ./...
+unit: parts ## Run the Go tests, under the race detector where there is a C compiler
+	go test $(race) ./...
 
 fuzz: ## Fuzz every target for FUZZTIME (10s)
 	@grep -rEo --include='*_test.go' '^func Fuzz\w+' */ | while IFS=: read -r file target; do \
