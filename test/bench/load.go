@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -111,10 +112,14 @@ type Result struct {
 	// Ratio is to the first subject that has an Envoy, sample by sample, and so is the range of its middle half.
 	Ratio     float64    `json:"ratio"`
 	RatioHalf [2]float64 `json:"ratio_quartiles"`
-	Plane     float64    `json:"plane_cpu_us"`
-	P50       float64    `json:"p50_us"`
-	P99       float64    `json:"p99_us"`
-	Resident  int64      `json:"envoy_rss_bytes"`
+	// RatioMin is the ratio of the least of both: what a busy machine spoils less.
+	RatioMin float64 `json:"ratio_of_least"`
+	// RatioWatched is the same to the SAN rule with telemetry, where there is one.
+	RatioWatched float64 `json:"ratio_with_telemetry,omitempty"`
+	Plane        float64 `json:"plane_cpu_us"`
+	P50          float64 `json:"p50_us"`
+	P99          float64 `json:"p99_us"`
+	Resident     int64   `json:"envoy_rss_bytes"`
 
 	samples []*sample
 }
@@ -138,29 +143,40 @@ func (b *bench) interleave(ctx context.Context, l load, subjects []*subject) ([]
 		}
 	}
 	base := slices.IndexFunc(subjects, func(s *subject) bool { return s.envoy != 0 })
+	watched := slices.IndexFunc(subjects, func(s *subject) bool { return s.name == withTelemetry })
 	for i, r := range results {
 		r.sum(results[max(base, 0)])
+		if watched >= 0 {
+			r.RatioWatched = median(r.ratios(results[watched]))
+		}
 		r.Resident = resident(subjects[i].envoy)
 	}
 	return results, nil
 }
 
-func (r *Result) sum(base *Result) {
-	var envoy, plane, p50, p99, ratios []float64
+// ratios are to another result, sample by sample.
+func (r *Result) ratios(base *Result) []float64 {
+	ratios := make([]float64, len(r.samples))
 	for i, s := range r.samples {
+		ratios[i] = s.envoy / base.samples[i].envoy
+	}
+	return ratios
+}
+
+func (r *Result) sum(base *Result) {
+	var envoy, plane, p50, p99 []float64
+	for _, s := range r.samples {
 		r.Requests += s.requests
 		envoy = append(envoy, s.envoy)
 		plane = append(plane, s.plane)
 		p50 = append(p50, micros(s.latencies[len(s.latencies)/2]))
 		p99 = append(p99, micros(s.latencies[len(s.latencies)*99/100]))
-		if of := base.samples[i].envoy; of > 0 {
-			ratios = append(ratios, s.envoy/of)
-		}
 	}
 	r.Envoy, r.EnvoyMin, r.Plane, r.P50, r.P99 = median(envoy), slices.Min(envoy), median(plane), median(p50), median(p99)
-	if len(ratios) > 0 {
-		r.Ratio, r.RatioHalf = median(ratios), [2]float64{ratios[len(ratios)/4], ratios[len(ratios)*3/4]} // sorted by now
-	}
+	r.RatioMin = r.EnvoyMin / slices.MinFunc(base.samples, func(a, b *sample) int { return cmp.Compare(a.envoy, b.envoy) }).envoy
+	ratios := r.ratios(base)
+	r.Ratio = median(ratios)
+	r.RatioHalf = [2]float64{ratios[len(ratios)/4], ratios[len(ratios)*3/4]} // sorted by now
 }
 
 // median sorts the values.

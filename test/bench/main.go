@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -30,12 +31,11 @@ type options struct {
 	changes int           // of a grant, each way
 	sizes   []int         // numbers of grants
 
-	envoy    string
-	builds   []build
-	loads    string // part of the names of those to run; "": all
-	only     string // part of the run; "": all of it
-	folder   string
-	markdown bool
+	envoy  string
+	builds []build
+	loads  string // part of the names of those to run; "": all
+	only   string // part of the run; "": all of it
+	folder string
 }
 
 // build is a sallyport to measure.
@@ -61,11 +61,12 @@ func main() {
 
 func run(ctx context.Context) error {
 	var o options
+	asked := false
 	short := flag.Bool("short", false, "less of everything: for a look, not for a claim")
 	out := flag.String("o", "", "write everything that was measured to this file, as JSON")
 	flag.IntVar(&o.threads, "envoy-threads", 1, "worker threads of every Envoy")
-	flag.IntVar(&o.rounds, "rounds", 7, "samples of each")
-	flag.DurationVar(&o.sample, "sample", 800*time.Millisecond, "length of a sample")
+	flag.IntVar(&o.rounds, "rounds", 15, "samples of each")
+	flag.DurationVar(&o.sample, "sample", 400*time.Millisecond, "length of a sample")
 	flag.StringVar(&o.envoy, "envoy", os.Getenv("ENVOY"), "path of Envoy; empty: from PATH or .parts/bin")
 	flag.StringVar(&o.loads, "loads", "", "only loads whose name contains this")
 	flag.StringVar(&o.only, "only", "", "only this part: loads, grants, changes, stages or catalog")
@@ -77,10 +78,22 @@ func run(ctx context.Context) error {
 		o.builds = append(o.builds, build{name, path})
 		return nil
 	})
+	o.sizes = []int{10, 1000, 10000}
+	flag.Func("grants", "number of grants to measure with, instead of 10, 1000 and 10000; may be repeated", func(s string) error {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 {
+			return fmt.Errorf("%q is not a number of grants", s)
+		}
+		if !asked {
+			o.sizes, asked = nil, true
+		}
+		o.sizes = append(o.sizes, n)
+		return nil
+	})
 	flag.Parse()
-	o.changes, o.sizes = 7, []int{10, 1000, 10000}
+	o.changes = 7
 	if *short {
-		o.rounds, o.sample, o.changes, o.sizes = 3, 300*time.Millisecond, 3, []int{10, 1000}
+		o.rounds, o.sample, o.changes = 4, 250*time.Millisecond, 3
 	}
 
 	var err error

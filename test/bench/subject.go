@@ -27,6 +27,8 @@ import (
 const (
 	chatHost = "chat.bench.internal"
 	docsHost = "docs.bench.internal"
+
+	withTelemetry = "SAN rule + telemetry"
 )
 
 var (
@@ -57,21 +59,10 @@ var sanConfig string
 func (b *bench) san(telemetry bool) (*subject, error) {
 	name := "SAN rule"
 	if telemetry {
-		name += " + telemetry"
+		name = withTelemetry
 	}
-	folder, err := os.MkdirTemp(b.folder, "san")
-	if err != nil {
-		return nil, err
-	}
-	authority, err := disk.Open(filepath.Join(folder, "ca"), trustDomain, time.Now())
-	if err != nil {
-		return nil, err
-	}
-	own, err := certify(authority, identity.Request{ID: spiffeid.RequireFromPath(trustDomain, "/gateway"), DNSNames: []string{chatHost}, TTL: time.Hour})
-	if err != nil {
-		return nil, err
-	}
-	key, err := x509.MarshalPKCS8PrivateKey(own.PrivateKey)
+	folder, authority, own, err := b.gatewayFolder(identity.Request{
+		ID: spiffeid.RequireFromPath(trustDomain, "/gateway"), DNSNames: []string{chatHost}, TTL: time.Hour})
 	if err != nil {
 		return nil, err
 	}
@@ -83,40 +74,53 @@ func (b *bench) san(telemetry bool) (*subject, error) {
 	if err != nil {
 		return nil, err
 	}
-	path := func(name string) string { return filepath.Join(folder, name) }
-	for name, block := range map[string]*pem.Block{
-		"chain.pem":  {Type: "CERTIFICATE", Bytes: own.Certificate[0]},
-		"key.pem":    {Type: "PRIVATE KEY", Bytes: key},
-		"bundle.pem": {Type: "CERTIFICATE", Bytes: authority.Certificate().Raw},
-	} {
-		if err := os.WriteFile(path(name), pem.EncodeToMemory(block), 0o600); err != nil {
-			return nil, err
-		}
-	}
-	config, err := os.Create(path("envoy.yaml"))
+	path := filepath.Join(folder, "envoy.yaml")
+	config, err := os.Create(path)
 	if err != nil {
 		return nil, err
 	}
 	defer config.Close()
 	err = template.Must(template.New("").Parse(sanConfig)).Execute(config, map[string]any{
-		"Admin": path("admin.sock"), "Port": port, "Host": chatHost, "Chain": path("chain.pem"), "Key": path("key.pem"),
-		"Bundle": path("bundle.pem"), "Telemetry": telemetry, "Caller": caller.String(), "Backend": backendPort,
+		"Admin": filepath.Join(folder, "admin.sock"), "Port": port, "Host": chatHost, "Chain": own.chain, "Key": own.key,
+		"Bundle": own.bundle, "Telemetry": telemetry, "Caller": caller.String(), "Backend": backendPort,
 		"Sink": filepath.Join(b.folder, "sink.sock"),
 	})
 	if err != nil {
 		return nil, err
 	}
-	p, err := startProcess(b.envoy, "--config-path", path("envoy.yaml"), "--disable-hot-restart", "--log-level", "warning",
-		"--concurrency", strconv.Itoa(b.threads))
+	return b.startEnvoy(name, path, port, authority)
+}
+
+// files are where a gateway finds its own certificate and whom to trust.
+type files struct{ chain, key, bundle string }
+
+// gatewayFolder makes a folder with an authority of its own and a certificate by it.
+func (b *bench) gatewayFolder(r identity.Request) (folder string, authority *identity.Authority, own *files, err error) {
+	if folder, err = os.MkdirTemp(b.folder, "envoy"); err != nil {
+		return "", nil, nil, err
+	}
+	if authority, err = disk.Open(filepath.Join(folder, "ca"), trustDomain, time.Now()); err != nil {
+		return "", nil, nil, err
+	}
+	certificate, err := certify(authority, r)
 	if err != nil {
-		return nil, err
+		return "", nil, nil, err
 	}
-	b.started = append(b.started, p)
-	s := &subject{name: name, url: fmt.Sprintf("https://127.0.0.1:%d", port), envoy: p.cmd.Process.Pid}
-	if s.client, err = clientOf(authority, caller, chatHost); err != nil {
-		return nil, err
+	key, err := x509.MarshalPKCS8PrivateKey(certificate.PrivateKey)
+	if err != nil {
+		return "", nil, nil, err
 	}
-	return s, p.await("listen", 20*time.Second, s.answers)
+	own = &files{filepath.Join(folder, "chain.pem"), filepath.Join(folder, "key.pem"), filepath.Join(folder, "bundle.pem")}
+	for path, block := range map[string]*pem.Block{
+		own.chain:  {Type: "CERTIFICATE", Bytes: certificate.Certificate[0]},
+		own.key:    {Type: "PRIVATE KEY", Bytes: key},
+		own.bundle: {Type: "CERTIFICATE", Bytes: authority.Certificate().Raw},
+	} {
+		if err := os.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
+			return "", nil, nil, err
+		}
+	}
+	return folder, authority, own, nil
 }
 
 // sallyport is a whole `sallyport up` with these documents.

@@ -150,7 +150,10 @@ func (u *up) as(t testing.TB, who string, v version) *caller {
 
 func (u *up) with(t testing.TB, v version, certificates ...tls.Certificate) *caller {
 	t.Helper()
-	c := &caller{up: u, config: &tls.Config{RootCAs: u.keys.pool, Certificates: certificates}, dialed: make(chan *tls.Conn, 64)}
+	c := &caller{up: u, config: &tls.Config{RootCAs: u.keys.pool}, dialed: make(chan *tls.Conn, 64)}
+	if len(certificates) > 0 { // also one that the gateway does not ask for
+		c.config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &certificates[0], nil }
+	}
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(v == http1)
 	protocols.SetHTTP2(v == http2)
@@ -255,7 +258,7 @@ func read(resp *http.Response) answer {
 // chat asks a model.
 func (c *caller) chat(t testing.TB, endpoint, model string) answer {
 	t.Helper()
-	return c.post(t, endpoint, "/v1/chat/completions", fmt.Sprintf(`{"model":%q,"messages":[]}`, model))
+	return c.post(t, endpoint, chatPath, fmt.Sprintf(`{"model":%q,"messages":[]}`, model))
 }
 
 func (c *caller) post(t testing.TB, endpoint, path, body string) answer {
@@ -264,10 +267,16 @@ func (c *caller) post(t testing.TB, endpoint, path, body string) answer {
 		header: http.Header{"Content-Type": {"application/json"}}})
 }
 
+// opened is an answer that is still being written.
+type opened struct {
+	header http.Header
+	body   io.ReadCloser
+}
+
 // open sends a request whose answer is a stream, and returns with the answer's headers.
-func (c *caller) open(t testing.TB, endpoint, model string) *http.Response {
+func (c *caller) open(t testing.TB, endpoint, model string) opened {
 	t.Helper()
-	req, err := request{host: hostOf(endpoint), path: "/v1/chat/completions",
+	req, err := request{host: hostOf(endpoint), path: chatPath,
 		body: strings.NewReader(fmt.Sprintf(`{"model":%q,"stream":true}`, model))}.build(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -280,7 +289,7 @@ func (c *caller) open(t testing.TB, endpoint, model string) *http.Response {
 	if resp.StatusCode != http.StatusOK {
 		t.Fatalf("stream: %v", read(resp))
 	}
-	return resp
+	return opened{resp.Header, resp.Body}
 }
 
 // raw sends bytes over a connection of its own (HTTP/1.1) and reads one answer.

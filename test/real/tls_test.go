@@ -10,6 +10,7 @@ import (
 	"math/big"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -49,6 +50,7 @@ func TestTLS(t *testing.T) {
 	changed := func(change func(*paper)) func(*up) []tls.Certificate {
 		return func(u *up) []tls.Certificate {
 			p := good
+			p.uris = slices.Clone(p.uris)
 			change(&p)
 			return []tls.Certificate{u.keys.sign(t, p)}
 		}
@@ -57,6 +59,7 @@ func TestTLS(t *testing.T) {
 		name   string
 		papers func(*up) []tls.Certificate
 		config func(*tls.Config)
+		denied bool // Envoy lets it in, and then it may do nothing
 	}{
 		{name: "no certificate", papers: func(*up) []tls.Certificate { return nil }},
 		{name: "expired", papers: changed(func(p *paper) { p.to = time.Now().Add(-time.Second) })},
@@ -70,13 +73,16 @@ func TestTLS(t *testing.T) {
 			p.by, p.signer, p.withChain = forged.ca, forged.key, []*x509.Certificate{forged.ca}
 		})},
 		{name: "self-signed", papers: changed(func(p *paper) { p.signer = forged.key })},
+		{name: "an ID that no SPIFFE ID can be", denied: true, papers: changed(func(p *paper) { p.uris[0] = domain + "/a|Infer=m" })},
 		{name: "no URI name", papers: changed(func(p *paper) { p.uris, p.dns = nil, []string{"tls.example.org"} })},
 		{name: "no name at all", papers: changed(func(p *paper) { p.uris = nil })},
-		{name: "two SPIFFE IDs", papers: changed(func(p *paper) { p.uris = append(p.uris, domain+"/nobody") })},
-		{name: "two SPIFFE IDs, ours last", papers: changed(func(p *paper) { p.uris = []string{domain + "/nobody", domain + "/tls"} })},
-		{name: "SPIFFE ID and another URI", papers: changed(func(p *paper) { p.uris = append(p.uris, "https://example.org/") })},
+		{name: "two SPIFFE IDs", denied: true, papers: changed(func(p *paper) { p.uris = append(p.uris, domain+"/nobody") })},
+		{name: "two SPIFFE IDs, ours last", denied: true, papers: changed(func(p *paper) { p.uris = []string{domain + "/nobody", domain + "/tls"} })},
+		{name: "SPIFFE ID and another URI", denied: true, papers: changed(func(p *paper) { p.uris = append(p.uris, "https://example.org/") })},
 		{name: "a CA as a leaf", papers: changed(func(p *paper) {
-			p.change = func(c *x509.Certificate) { c.IsCA, c.KeyUsage = true, x509.KeyUsageCertSign|x509.KeyUsageDigitalSignature }
+			p.change = func(c *x509.Certificate) {
+				c.IsCA, c.KeyUsage = true, x509.KeyUsageCertSign|x509.KeyUsageDigitalSignature
+			}
 		})},
 		{name: "signed by a leaf", papers: func(u *up) []tls.Certificate {
 			leaf := u.keys.sign(t, svid("/nobody", time.Hour))
@@ -105,7 +111,6 @@ func TestTLS(t *testing.T) {
 		f := u.flows(t, 1, func(f telemetry.Flow) bool {
 			return f.Verdict == telemetry.Refused && strings.HasSuffix(f.Detail, detail)
 		})[0]
-		t.Log(f.Detail)
 		if !f.Caller.IsZero() || f.Endpoint != "" && f.Endpoint != name || f.Rule != "" || f.Status != 0 {
 			t.Errorf("a connection that got nowhere is recorded as %+v", f)
 		}
@@ -125,7 +130,15 @@ func TestTLS(t *testing.T) {
 				c.config(who.config)
 			}
 			host := fmt.Sprintf("case-%d.test.internal", i)
-			if a := ask(t, who, host); a.err == nil {
+			a := ask(t, who, host)
+			if c.denied {
+				wantProblem(t, a, http.StatusForbidden, "no_grant")
+				if f := u.flow(t, a); f.Verdict != telemetry.Denied || f.Rule != "default-deny" {
+					t.Errorf("recorded as %+v", f)
+				}
+				return
+			}
+			if a.err == nil {
 				t.Errorf("got through: %v", a)
 			}
 			refused(t, "(server name "+host+")")

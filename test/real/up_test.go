@@ -23,17 +23,18 @@ import (
 )
 
 // patience is how long anything may take that must happen. It is long: machines are slow, and it is not a measure.
-const patience = 20 * time.Second
+const patience = 15 * time.Second
 
 // up is a running `sallyport up`, and the folder that it has to itself.
 type up struct {
 	dir, docs, state, socket, listen string
 
-	args []string
-	cmd  *exec.Cmd
-	log  *output
-	exit chan struct{} // closed when the process has ended
-	keys keys
+	args     []string
+	cmd      *exec.Cmd
+	log      *output
+	exit     chan struct{} // closed when the process has ended
+	keys     keys
+	operator *operator.Client
 }
 
 // newUp makes the folder and writes the documents, and starts nothing.
@@ -52,6 +53,7 @@ func newUp(documents map[string]string, args ...string) (*up, error) {
 		}
 	}
 	u.listen = freeAddress()
+	u.operator = operator.NewClient(filepath.Join(u.state, "run", "operator.sock"))
 	u.args = append([]string{"up", "-f", u.docs, "--state", u.state, "--workload-socket", u.socket, "--listen", u.listen,
 		"--otlp-listen=", "--envoy", binary, "--envoy-threads", "1"}, args...)
 	return u, nil
@@ -79,6 +81,18 @@ func (u *up) ready() error {
 	defer cancel()
 	if _, err := u.log.line(ctx, "msg=ready"); err != nil {
 		return fmt.Errorf("wait for `up` to be ready: %w\n%s", err, u.log)
+	}
+	// Envoy has taken the generation by then. Its listener opens when the certificates are there, a moment later.
+	for entries, _ := os.ReadDir(u.docs); len(entries) > 0; {
+		conn, err := net.Dial("tcp", u.listen)
+		if err == nil {
+			conn.Close()
+			break
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("wait for the listener: %w\n%s", err, u.log)
+		}
+		time.Sleep(5 * time.Millisecond)
 	}
 	return u.keys.load(filepath.Join(u.state, "ca", "ca.pem"))
 }
@@ -190,14 +204,10 @@ func runProgram(t testing.TB, args ...string) (stdout, stderr string, code int) 
 	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
 }
 
-func (u *up) operator() *operator.Client {
-	return operator.NewClient(filepath.Join(u.state, "run", "operator.sock"))
-}
-
 func (u *up) status(t testing.TB) operator.Status {
 	t.Helper()
 	var st operator.Status
-	if err := u.operator().Get(t.Context(), "/status", nil, &st); err != nil {
+	if err := u.operator.Get(t.Context(), "/status", nil, &st); err != nil {
 		t.Fatal(err)
 	}
 	return st
@@ -230,7 +240,7 @@ func (u *up) flow(t testing.TB, a answer) telemetry.Flow {
 
 func (u *up) allFlows(t testing.TB) []telemetry.Flow {
 	t.Helper()
-	body, err := u.operator().Stream(t.Context(), "/flows", url.Values{"limit": {"10000"}})
+	body, err := u.operator.Stream(t.Context(), "/flows", url.Values{"limit": {"10000"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -281,7 +291,7 @@ func shared(t testing.TB, endpoint string) (*up, *backend) {
 // documents are an endpoint for each test that has one here.
 func (c *commonUp) documents() string {
 	var text string
-	for _, name := range []string{"bodies", "streams", "paths", "headers", "denied", "traces", "tls", "other"} {
+	for _, name := range []string{"bodies", "encoded", "large", "smuggling", "streams", "leaving", "paths", "headers", "denied", "traces", "tls", "other"} {
 		c.backends[name] = newBackend()
 		text += openAI(name, c.backends[name]) +
 			grant(name+"-all", "/"+name, name, "Infer, Embed", "'*'")
@@ -336,7 +346,7 @@ func eventually(t testing.TB, what string, is func() bool) {
 		if time.Now().After(deadline) {
 			t.Fatalf("no %s within %s", what, patience)
 		}
-		time.Sleep(5 * time.Millisecond)
+		time.Sleep(20 * time.Millisecond)
 	}
 }
 
