@@ -10,6 +10,7 @@ local byte, sub, find, lower, match, format = string.byte, string.sub, string.fi
 local SPACE = "sallyport"
 local DEEPEST = 64        -- nesting of JSON
 local LONGEST_NAME = 256  -- bytes
+local LONGEST_USAGE = 512 -- bytes behind the key that are put together from pieces
 
 -- What a byte is inside a JSON string: 0 plain, 1 the closing quote, 2 a backslash, 3 a control character, 4 UTF-8.
 local kind = ffi.new("uint8_t[256]")
@@ -249,16 +250,21 @@ local function number_at(text, key, i)
   return e and tonumber(match(text, "^%s*:%s*(%d+)", e + 1))
 end
 
--- Usage stands at the end of an answer: in the only JSON object, or in the last events of a stream.
+-- Usage stands at the end of an answer: in the only JSON object, or in the last events of a stream. The network may
+-- cut it in pieces anywhere.
 function envoy_on_response(handle)
   if handle:filterContext():get("key") ~= "model" then return end -- nothing else uses tokens
-  local last, from
+  local last, from  -- the newest text with the key in it, and where the key ends
+  local tail = ""   -- the end of the chunk before, if the key may begin there
   for chunk in handle:bodyChunks() do
     local n = chunk:length()
     if n > 0 then
-      local text = chunk:getBytes(0, n)
+      local bytes = chunk:getBytes(0, n)
+      local text = tail .. bytes
       local _, e = find(text, '"usage"', 1, true)
-      if e then last, from = text, e end
+      if e then last, from = text, e
+      elseif last and #last - from < LONGEST_USAGE then last = last .. bytes end
+      tail = match(sub(text, -6), '"u?s?a?g?e?$') or ""
     end
   end
   if not last then return end

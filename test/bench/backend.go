@@ -77,7 +77,7 @@ func answer(w http.ResponseWriter, r *http.Request) {
 	default:
 		events := 0
 		if head, found := bytes.CutPrefix(body, []byte(`{"stream":true,"n":`)); found {
-			fmt.Sscanf(string(head[:min(len(head), 8)]), "%d", &events)
+			_, _ = fmt.Sscanf(string(head[:min(len(head), 8)]), "%d", &events) // none: not a stream
 		}
 		if events == 0 {
 			w.Header().Set("content-type", "application/json")

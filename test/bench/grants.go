@@ -199,7 +199,7 @@ func (b *bench) measureStages(_ context.Context, r *Report) error {
 		policy := authz.Compile(&cfg, time.Now())
 		resources := envoy.Lower(&cfg, policy, nil)
 		st.Read = least(func() { remember(&memo, folder) })
-		st.Assemble = least(func() { v1alpha1.Assemble(docs, o) })
+		st.Assemble = least(func() { _, _ = v1alpha1.Assemble(docs, o) })
 		st.Compile = least(func() { authz.Compile(&cfg, time.Now()) })
 		st.Lower = least(func() { envoy.Lower(&cfg, policy, nil) })
 		st.Check = least(func() { _ = envoy.Check(resources) })

@@ -69,7 +69,7 @@ func run(ctx context.Context) error {
 	flag.DurationVar(&o.sample, "sample", 400*time.Millisecond, "length of a sample")
 	flag.StringVar(&o.envoy, "envoy", os.Getenv("ENVOY"), "path of Envoy; empty: from PATH or .parts/bin")
 	flag.StringVar(&o.loads, "loads", "", "only loads whose name contains this")
-	flag.StringVar(&o.only, "only", "", "only this part: loads, grants, changes, stages or catalog")
+	flag.StringVar(&o.only, "only", "", "only this part: loads, grants, stages or catalog")
 	flag.Func("build", "NAME=PATH of a sallyport to measure, instead of one built from this tree; may be repeated", func(s string) error {
 		name, path, ok := strings.Cut(s, "=")
 		if !ok {

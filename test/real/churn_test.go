@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -40,7 +41,7 @@ func TestSupervisorKeepsEnvoy(t *testing.T) {
 	}
 }
 
-// churn supervises an Envoy, ends a thousand threads, and prints how often Envoy was started.
+// churn supervises an Envoy, ends thousands of threads, and prints how often Envoy was started.
 func churn() {
 	dir := os.Getenv(churnVariable)
 	sockets := envoy.Sockets{Control: filepath.Join(dir, "c"), Identity: filepath.Join(dir, "i"), Catalog: filepath.Join(dir, "k"), Admin: filepath.Join(dir, "a")}
@@ -52,14 +53,22 @@ func churn() {
 	go func() { done <- s.Run(ctx) }()
 	first := <-started
 	starts, ended := 1, 0
-	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); ended++ {
-		wait := make(chan struct{})
-		go func() {
-			runtime.LockOSThread() // and never unlocked: the thread ends here
-			close(wait)
-		}()
-		<-wait
-		time.Sleep(time.Millisecond) // not all of them at once
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); {
+		const many = 64 // more than there are idle threads, so that all of them are taken
+		release := make(chan struct{})
+		var locked, left sync.WaitGroup
+		for range many {
+			locked.Add(1)
+			left.Go(func() {
+				runtime.LockOSThread() // and never unlocked: the thread ends here
+				locked.Done()
+				<-release
+			})
+		}
+		locked.Wait()
+		close(release)
+		left.Wait()
+		ended += many
 	}
 	for len(started) > 0 {
 		<-started

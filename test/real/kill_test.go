@@ -207,7 +207,7 @@ func TestFullDisk(t *testing.T) {
 		if u.cmd != nil {
 			u.kill()
 		}
-		if err := syscall.Unmount(u.state, 0); err != nil {
+		if err := syscall.Unmount(u.state, syscall.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	}

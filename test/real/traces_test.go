@@ -1,6 +1,7 @@
 package real
 
 import (
+	"crypto/rand"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -15,6 +16,8 @@ func TestTraces(t *testing.T) {
 	t.Parallel()
 	u, b := shared(t, "traces")
 	const parent = "00f067aa0ba902b7"
+	newID := func() string { return strings.ReplaceAll(uuidOf(rand.Text()), "-", "") }
+	b.taken()
 	ask := func(who, traceID, body string) answer {
 		return u.as(t, who, http2).send(t, request{host: hostOf("traces"), path: chatPath, body: strings.NewReader(body),
 			header: http.Header{"Traceparent": {"00-" + traceID + "-" + parent + "-01"}, "Tracestate": {"vendor=value"}}})
@@ -48,7 +51,7 @@ func TestTraces(t *testing.T) {
 		}
 	}
 
-	const allowed = "4bf92f3577b34da6a3ce929d0e0e4736"
+	allowed := newID()
 	if a := ask("/traces", allowed, `{"model":"m"}`); a.status != http.StatusOK {
 		t.Fatal(a)
 	}
@@ -59,7 +62,7 @@ func TestTraces(t *testing.T) {
 	}
 	trace := show(allowed, 2)
 	s := server(trace)
-	if s.Parent != parent || s.TraceID != allowed || s.Source != telemetry.FromGateway || s.Service != "sallyport-gateway" || s.End.Before(s.Start) {
+	if s.Parent != parent || string(s.TraceID) != allowed || s.Source != telemetry.FromGateway || s.Service != "sallyport-gateway" || s.End.Before(s.Start) {
 		t.Errorf("the gateway's span is %+v", s)
 	}
 	want(s, map[string]string{
@@ -68,7 +71,7 @@ func TestTraces(t *testing.T) {
 		telemetry.GenAIOperationName: "chat", telemetry.GenAIProviderName: "openai", telemetry.GenAIRequestModel: "m",
 		telemetry.GenAIInputTokens: "11", telemetry.GenAIOutputTokens: "7",
 	})
-	if f := trace.Flows[0]; string(f.SpanID) == "" || f.TraceID != allowed || f.InputTokens != 11 || f.OutputTokens != 7 {
+	if f := trace.Flows[0]; string(f.SpanID) == "" || string(f.TraceID) != allowed || f.InputTokens != 11 || f.OutputTokens != 7 {
 		t.Errorf("the flow is %+v", f)
 	}
 	var client bool
@@ -79,7 +82,7 @@ func TestTraces(t *testing.T) {
 		t.Errorf("no span of the way to the backend: %+v", trace.Spans)
 	}
 
-	const denied = "5bf92f3577b34da6a3ce929d0e0e4736"
+	denied := newID()
 	wantProblem(t, ask("/stranger", denied, `{"model":"m"}`), http.StatusForbidden, "no_grant")
 	s = server(show(denied, 1))
 	want(s, map[string]string{telemetry.SallyportCaller: domain + "/stranger", telemetry.SecurityRuleName: "default-deny",
@@ -91,21 +94,24 @@ func TestTraces(t *testing.T) {
 		{"data: {\"choices\":[],\"usage\":null}\n\n", "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":21,\"completion_tokens\":9}}\n\n", "data: [DONE]\n\n"},
 		{"data: {\"choices\":[],\"usage\":{\"completion_tokens\":9,\"prompt_tokens\": 21,\"total_tokens\":30}}\n\n", "data: [DONE]\n\n"},
 		{"data: {\"choices\":[],\"us", "age\":{\"prompt_tok", "ens\":21,\"completion_tokens\":", "9}}\n\n", "data: [DONE]\n\n"},
+		strings.Split("data: {\"choices\":[],\"usage\":{\"prompt_tokens\":21,\"completion_tokens\":9}}\n\n", ""),
 	} {
 		resp := u.as(t, "/traces", http2).open(t, "traces", "m")
 		stream := b.begun(t)
-		for _, piece := range pieces {
+		for _, piece := range pieces { // each has come through before the next is sent, so they stay pieces
 			stream.write(t, piece)
+			if _, err := io.ReadFull(resp.body, make([]byte, len(piece))); err != nil {
+				t.Fatal(err)
+			}
 		}
 		stream.end(t, "")
-		body, err := io.ReadAll(resp.body)
-		f := u.flow(t, answer{header: resp.header})
-		if err != nil || f.InputTokens != 21 || f.OutputTokens != 9 || string(body) != strings.Join(pieces, "") {
-			t.Errorf("stream %d: %d and %d tokens: %q, %v", i, f.InputTokens, f.OutputTokens, body, err)
+		rest, err := io.ReadAll(resp.body)
+		if f := u.flow(t, answer{header: resp.header}); err != nil || len(rest) > 0 || f.InputTokens != 21 || f.OutputTokens != 9 {
+			t.Errorf("stream %d: %d and %d tokens, %q, %v", i, f.InputTokens, f.OutputTokens, rest, err)
 		}
 	}
 	// What a caller says of its trace keeps its request neither from being recorded nor from being traced.
-	const unsampled = "6bf92f3577b34da6a3ce929d0e0e4736"
+	unsampled := newID()
 	for parent, traced := range map[string]bool{
 		"00-" + unsampled + "-" + parent + "-00":               true,
 		"00-nonsense-01":                                       false, // Envoy then traces nothing
