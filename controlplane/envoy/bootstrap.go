@@ -9,7 +9,9 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
 	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
+	heapv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/fixed_heap/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -25,8 +27,13 @@ type Sockets struct {
 	Admin    string // Envoy's own administration, which it opens itself
 }
 
-// maxConnections is how many callers' connections a gateway holds at once; one more is refused.
-const maxConnections = 50_000
+// A gateway holds so many callers' connections at once, and one more is refused. Bodies are read before anything is
+// decided, so memory has a bound too: near it, requests are answered with 503 and then connections refused.
+const (
+	maxConnections = 50_000
+	maxHeapBytes   = 2 << 30
+	heapMonitor    = "envoy.resource_monitors.fixed_heap"
+)
 
 // Bootstrap is what an Envoy is started with: who it is and where its control plane is, and nothing else.
 func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootstrap {
@@ -49,11 +56,18 @@ func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootst
 			planeCluster(IdentityCluster, sockets.Identity, true),
 			planeCluster(CatalogCluster, sockets.Catalog, false),
 		}},
-		OverloadManager: &overloadv3.OverloadManager{ResourceMonitors: []*overloadv3.ResourceMonitor{{
-			Name: "envoy.resource_monitors.global_downstream_max_connections",
-			ConfigType: &overloadv3.ResourceMonitor_TypedConfig{TypedConfig: pack(&connectionsv3.DownstreamConnectionsConfig{
-				MaxActiveDownstreamConnections: maxConnections})},
-		}}},
+		OverloadManager: &overloadv3.OverloadManager{
+			ResourceMonitors: []*overloadv3.ResourceMonitor{
+				monitor("envoy.resource_monitors.global_downstream_max_connections",
+					&connectionsv3.DownstreamConnectionsConfig{MaxActiveDownstreamConnections: maxConnections}),
+				monitor(heapMonitor, &heapv3.FixedHeapConfig{MaxHeapSizeBytes: maxHeapBytes}),
+			},
+			Actions: []*overloadv3.OverloadAction{
+				onHeap("envoy.overload_actions.shrink_heap", 0.8),
+				onHeap("envoy.overload_actions.stop_accepting_requests", 0.9),
+				onHeap("envoy.overload_actions.stop_accepting_connections", 0.95),
+			},
+		},
 		LayeredRuntime: &bootstrapv3.LayeredRuntime{Layers: []*bootstrapv3.RuntimeLayer{{
 			Name: "sallyport",
 			LayerSpecifier: &bootstrapv3.RuntimeLayer_StaticLayer{StaticLayer: &structpb.Struct{Fields: map[string]*structpb.Value{
@@ -62,6 +76,18 @@ func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootst
 			}}},
 		}}},
 	}
+}
+
+func monitor(name string, config proto.Message) *overloadv3.ResourceMonitor {
+	return &overloadv3.ResourceMonitor{Name: name, ConfigType: &overloadv3.ResourceMonitor_TypedConfig{TypedConfig: pack(config)}}
+}
+
+// onHeap does something once so much of the heap is in use.
+func onHeap(action string, part float64) *overloadv3.OverloadAction {
+	return &overloadv3.OverloadAction{Name: action, Triggers: []*overloadv3.Trigger{{
+		Name:         heapMonitor,
+		TriggerOneof: &overloadv3.Trigger_Threshold{Threshold: &overloadv3.ThresholdTrigger{Value: part}},
+	}}}
 }
 
 func planeCluster(name, socket string, http2 bool) *clusterv3.Cluster {

@@ -4,12 +4,14 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
 	xdscorev3 "github.com/cncf/xds/go/xds/core/v3"
 	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	rbacconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
@@ -30,7 +32,7 @@ import (
 func Check(r *Resources) error {
 	c := &checker{
 		clusters:    map[string]bool{CatalogCluster: true},
-		assignments: map[string]bool{},
+		assignments: map[string]*endpointv3.ClusterLoadAssignment{},
 		routes:      map[string]bool{},
 		extensions:  map[string]bool{},
 	}
@@ -38,7 +40,7 @@ func Check(r *Resources) error {
 		c.clusters[x.Name] = true
 	}
 	for _, x := range r.Assignments {
-		c.assignments[x.ClusterName] = true
+		c.assignments[x.ClusterName] = x
 	}
 	for _, x := range r.Routes {
 		c.routes[x.Name] = true
@@ -73,7 +75,8 @@ func Check(r *Resources) error {
 }
 
 type checker struct {
-	clusters, assignments, routes, extensions map[string]bool
+	clusters, routes, extensions map[string]bool
+	assignments                  map[string]*endpointv3.ClusterLoadAssignment
 
 	at    string // what is being read
 	found []error
@@ -89,11 +92,23 @@ func (c *checker) wrong(format string, args ...any) {
 func (c *checker) cluster(x *clusterv3.Cluster) {
 	c.at = "cluster " + x.Name
 	c.everywhere(x)
-	switch {
-	case x.GetType() == clusterv3.Cluster_EDS && c.assignments[x.Name]:
-	case x.GetType() == clusterv3.Cluster_STRICT_DNS && len(x.GetLoadAssignment().GetEndpoints()) > 0:
-	default:
+	var load *endpointv3.ClusterLoadAssignment
+	switch x.GetType() {
+	case clusterv3.Cluster_EDS:
+		load = c.assignments[x.Name]
+	case clusterv3.Cluster_STRICT_DNS:
+		load = x.GetLoadAssignment()
+	}
+	if len(load.GetEndpoints()) == 0 {
 		c.wrong("has no addresses")
+	}
+	for _, group := range load.GetEndpoints() {
+		for _, e := range group.GetLbEndpoints() {
+			host := e.GetEndpoint().GetAddress().GetSocketAddress().GetAddress()
+			if ip, err := netip.ParseAddr(host); x.TransportSocket == nil && host != "localhost" && (err != nil || !ip.IsLoopback()) {
+				c.wrong("is spoken to in plain text, and %s is not on this machine", host)
+			}
+		}
 	}
 }
 
@@ -182,12 +197,19 @@ func (c *checker) downstream(socket *anypb.Any) {
 }
 
 // filters demands: every discovered filter exists and denies while it is missing, rights come after all that
-// prepare the question and directly before the router, which comes last.
+// prepare the question, in its order, and directly before the router, which comes last.
 func (c *checker) filters(endpoint segment.EndpointName, filters []*hcmv3.HttpFilter) {
 	n := len(filters)
 	if n < 2 || !filters[n-1].GetTypedConfig().MessageIs(&routerv3.Router{}) ||
 		filters[n-2].Name != RightsName(endpoint) || filters[n-2].GetConfigDiscovery() == nil {
 		c.wrong("does not decide directly before it forwards")
+	}
+	order := []string{bodyFilter, extractFilter, judgedFilter, MembersName(endpoint), questionFilter, RightsName(endpoint), routerFilter}
+	if c.extensions[NamesName(endpoint)] {
+		order = slices.Insert(order, 4, NamesName(endpoint))
+	}
+	if !slices.EqualFunc(filters, order, func(f *hcmv3.HttpFilter, name string) bool { return f.Name == name }) {
+		c.wrong("has other filters than %s", strings.Join(order, ", "))
 	}
 	for _, f := range filters {
 		d := f.GetConfigDiscovery()

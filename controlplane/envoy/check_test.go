@@ -233,6 +233,12 @@ var mutations = []struct {
 	{"wherever the client wanted", func(v victim) {
 		v.Clusters[0].ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST}
 	}},
+	{"plain text over a network", func(v victim) {
+		v.Assignments[0].Endpoints[0].LbEndpoints[0].GetEndpoint().Address = socketAddress("10.0.0.9", 443)
+	}},
+	{"plain text to a name", func(v victim) {
+		v.Assignments[0].Endpoints[0].LbEndpoints[0].GetEndpoint().Address = socketAddress("models.internal", 443)
+	}},
 
 	// What decides.
 	{"extension missing", func(v victim) { v.Extensions = v.Extensions[1:] }},
@@ -242,6 +248,12 @@ var mutations = []struct {
 	}},
 	{"rights of another endpoint", func(v victim) {
 		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { f[len(f)-2].Name = RightsName("docs"); return f })
+	}},
+	{"nothing looks into the request", func(v victim) {
+		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { return append(f[:1:1], f[2:]...) })
+	}},
+	{"members before extraction", func(v victim) {
+		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { f[1], f[3] = f[3], f[1]; return f })
 	}},
 	{"rights before the question", func(v victim) {
 		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter {

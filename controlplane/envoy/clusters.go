@@ -11,6 +11,7 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"sallyport.dev/segment"
 )
@@ -62,6 +63,8 @@ func pooled(e *segment.Endpoint, name string, members []segment.BackendName, g s
 		ConnectTimeout:       durationpb.New(2 * time.Second),
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS},
 		EdsClusterConfig:     &clusterv3.Cluster_EdsClusterConfig{EdsConfig: fromADS()},
+		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+			MaxConnections: atOnce(), MaxPendingRequests: atOnce(), MaxRequests: atOnce()}}},
 	}
 	assignment := &endpointv3.ClusterLoadAssignment{ClusterName: name}
 	for _, b := range e.Backends {
@@ -84,10 +87,15 @@ func pooled(e *segment.Endpoint, name string, members []segment.BackendName, g s
 	return cluster, assignment
 }
 
+// atOnce is how many requests a gateway has under way to a backend: streams are long, and Envoy's own limit is short.
+func atOnce() *wrapperspb.UInt32Value { return wrapperspb.UInt32(10_000) }
+
 func upstreamTLS(t segment.BackendTLS, g segment.Gateway) *corev3.TransportSocket {
 	common := &tlsv3.CommonTlsContext{}
 	up := &tlsv3.UpstreamTlsContext{CommonTlsContext: common}
 	switch t.Mode {
+	case segment.TLSNone: // Assemble allows it for loopback only, and Check looks again
+		return nil
 	case segment.TLSServer:
 		up.Sni = t.ServerName
 		bundle := &corev3.DataSource{Specifier: &corev3.DataSource_Filename{Filename: t.CAFile}}
@@ -97,7 +105,7 @@ func upstreamTLS(t segment.BackendTLS, g segment.Gateway) *corev3.TransportSocke
 				SanType: tlsv3.SubjectAltNameMatcher_DNS, Matcher: exact(t.ServerName)}},
 		}
 		common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContext{ValidationContext: validation}
-	case segment.TLSMutual:
+	default: // Mutual; and what is no mode demands an ID that nobody has
 		common.TlsCertificateSdsSecretConfigs = []*tlsv3.SdsSecretConfig{secret(g.ID.String())}
 		common.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{
 			CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
@@ -107,8 +115,6 @@ func upstreamTLS(t segment.BackendTLS, g segment.Gateway) *corev3.TransportSocke
 				},
 				ValidationContextSdsSecretConfig: secret(validationSecret),
 			}}
-	default: // None: Assemble allows it for loopback only
-		return nil
 	}
 	return &corev3.TransportSocket{Name: "tls", ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: pack(up)}}
 }

@@ -3,7 +3,6 @@ package envoy
 import (
 	"slices"
 	"strings"
-	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
@@ -103,7 +102,6 @@ func route(e *segment.Endpoint, r segment.Route, cluster string) *routev3.Route 
 	}
 	if r.Answer == segment.FromCatalog {
 		action.ClusterSpecifier = &routev3.RouteAction_Cluster{Cluster: CatalogCluster}
-		action.Timeout = durationpb.New(15 * time.Second)
 		out.RequestHeadersToAdd = []*corev3.HeaderValueOption{
 			header(CallerHeader, "%DOWNSTREAM_PEER_URI_SAN%"),
 			header(EndpointHeader, string(e.Name)),

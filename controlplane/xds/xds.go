@@ -254,7 +254,7 @@ func (s *Server) asked(id int64, r *discoveryv3.DeltaDiscoveryRequest) error {
 		}
 		if st.gateway == "" {
 			st.gateway = name
-			g.stream, g.taken = id, versions{} // it says itself what it has
+			g.stream, g.taken, g.inForce = id, versions{}, "" // it says itself what it has
 			clear(g.rejected)
 		}
 	}
