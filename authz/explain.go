@@ -30,8 +30,11 @@ type Reason struct {
 }
 
 // Explain decides the request and finds the grants that decide and those that nearly do. The policy must have been
-// compiled from the same configuration at the same moment.
+// compiled from the same configuration at the same moment. Enter is about no resource, so one is left out of account.
 func Explain(p *Policy, cfg *segment.Config, r Request, now time.Time) Explanation {
+	if r.Operation == segment.Enter {
+		r.Resource = ""
+	}
 	ex := Explanation{Request: r, Decision: Decide(p, r), Notes: unknown(cfg, r)}
 	denies := "denies it, which overrides every Allow"
 	if isImplied(r.Operation) && ex.Decision.Allowed {

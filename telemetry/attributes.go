@@ -14,18 +14,14 @@ const (
 	DBCollectionName = "db.collection.name"
 	DBOperationName  = "db.operation.name"
 
-	// OpenTelemetry semantic conventions for security rules, events, HTTP and resources.
-	SecurityRuleName   = "security_rule.name" // the grant that decided, or the default deny
-	EventOutcome       = "event.outcome"      // the verdict
-	HTTPRequestMethod  = "http.request.method"
-	HTTPResponseStatus = "http.response.status_code"
-	URLPath            = "url.path"
-	ServiceName        = "service.name"
+	// OpenTelemetry semantic conventions for security rules, events and resources.
+	SecurityRuleName = "security_rule.name" // the grant that decided, or the default deny
+	EventOutcome     = "event.outcome"      // the verdict
+	ServiceName      = "service.name"
 
 	// Ours, set by gateways only.
-	SallyportCaller     = "sallyport.caller" // SPIFFE ID
-	SallyportEndpoint   = "sallyport.endpoint"
-	SallyportOperation  = "sallyport.operation"
-	SallyportResource   = "sallyport.resource"
-	SallyportGeneration = "sallyport.generation"
+	SallyportCaller    = "sallyport.caller" // SPIFFE ID
+	SallyportEndpoint  = "sallyport.endpoint"
+	SallyportOperation = "sallyport.operation"
+	SallyportResource  = "sallyport.resource"
 )

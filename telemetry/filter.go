@@ -13,7 +13,6 @@ type FlowFilter struct {
 	Endpoint segment.EndpointName `json:"endpoint,omitempty"`
 	Verdict  Verdict              `json:"verdict,omitempty"`
 	Since    time.Time            `json:"since,omitzero"` // flows that began then or later
-	Until    time.Time            `json:"until,omitzero"` // flows that began before
 	Limit    int                  `json:"limit,omitempty"`
 }
 
@@ -35,6 +34,5 @@ func (f FlowFilter) Match(flow Flow) bool {
 	return (f.Caller == "" || f.Caller.Matches(flow.Caller.String())) &&
 		(f.Endpoint == "" || f.Endpoint == flow.Endpoint) &&
 		(f.Verdict == "" || f.Verdict == flow.Verdict) &&
-		(f.Since.IsZero() || !flow.Time.Before(f.Since)) &&
-		(f.Until.IsZero() || flow.Time.Before(f.Until))
+		(f.Since.IsZero() || !flow.Time.Before(f.Since))
 }

@@ -6,10 +6,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -34,8 +35,8 @@ type deployment struct {
 }
 
 func (d *deployment) add(flags *pflag.FlagSet) {
-	flags.StringVar(&d.trustDomain, "trust-domain", "example.org", "trust domain of all identities that are issued")
-	flags.StringVar(&d.listen, "listen", "127.0.0.1:8443", "address on which the gateway accepts callers (mTLS)")
+	flags.StringVar(&d.trustDomain, "trust-domain", "example.org", "trust domain `NAME` of all identities that are issued")
+	flags.StringVar(&d.listen, "listen", "127.0.0.1:8443", "`ADDRESS` and port on which the gateway accepts callers (mTLS)")
 	flags.DurationVar(&d.svidTTL, "svid-ttl", time.Hour, "lifetime of X.509-SVIDs; they are renewed at half of it")
 }
 
@@ -50,6 +51,9 @@ func (d *deployment) options() (v1alpha1.Options, error) {
 	addr, err := netip.ParseAddrPort(d.listen)
 	if err != nil {
 		return v1alpha1.Options{}, usage("give an IP address and a port, as in 0.0.0.0:8443", "--listen: %w", err)
+	}
+	if addr.Port() == 0 {
+		return v1alpha1.Options{}, usage("name a port, as in 127.0.0.1:8443: callers must know it", "--listen: port 0 is none")
 	}
 	if d.svidTTL < minTTL || d.svidTTL > 30*24*time.Hour {
 		return v1alpha1.Options{}, usage("SVIDs live for 20s to 720h", "--svid-ttl: %s is out of range", d.svidTTL)
@@ -75,9 +79,9 @@ func (d *deployment) assemble(path string) (segment.Config, error) {
 	return cfg, nil
 }
 
-// stateDir is the flag --state.
+// stateFlag adds the flag --state.
 func stateFlag(flags *pflag.FlagSet, into *string) {
-	flags.StringVar(into, "state", defaultState(), "folder that holds the CA, the telemetry and the sockets of `up`")
+	flags.StringVar(into, "state", defaultState(), "`DIR` with the CA, the telemetry and the sockets of the running up")
 }
 
 func defaultState() string {
@@ -108,9 +112,11 @@ func defaultWorkloadSocket() string {
 
 func operatorSocket(state string) string { return filepath.Join(state, "run", "operator.sock") }
 
-// ask calls a running `up` and turns the errors of a missing one into words.
-func ask[T any](state string, call func(*operator.Client) (T, error)) (T, error) {
-	answer, err := call(operator.NewClient(operatorSocket(state)))
+// ask calls a running `up`, shows what it warns of, and turns the errors of a missing one into words.
+func ask[T any](cmd *cobra.Command, state string, call func(*operator.Client) (T, error)) (T, error) {
+	client := operator.NewClient(operatorSocket(state))
+	client.Warn = func(warning string) { fmt.Fprintf(cmd.ErrOrStderr(), "sallyport: warning: %s\n", warning) }
+	answer, err := call(client)
 	if notRunning(err) {
 		return answer, failed("start it with `sallyport up -f DIR`, or name its state folder with --state",
 			"no control plane is running with state %s", state)
@@ -122,39 +128,52 @@ func ask[T any](state string, call func(*operator.Client) (T, error)) (T, error)
 }
 
 func notRunning(err error) bool {
-	var op *net.OpError
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || (errors.As(err, &op) && errors.Is(op.Err, fs.ErrNotExist))
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
 }
 
-// output is the flag -o.
-type output struct{ format string }
+// output is the flag -o, which takes one of the formats that the command has.
+type output struct {
+	format  string
+	formats []string
+}
 
-func (o *output) add(cmd *cobra.Command) {
-	cmd.Flags().StringVarP(&o.format, "output", "o", "text", "text, json or yaml")
-	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
+// add adds the flag; the first format is the default.
+func (o *output) add(cmd *cobra.Command, formats ...string) {
+	o.format, o.formats = formats[0], formats
+	cmd.Flags().VarP(o, "output", "o", "`FORMAT`: "+strings.Join(formats, ", "))
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(formats, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// String, Set and Type make it a pflag.Value.
+func (o *output) String() string { return o.format }
+
+func (o *output) Type() string { return "string" }
+
+func (o *output) Set(format string) error {
+	if !slices.Contains(o.formats, format) {
+		return fmt.Errorf("formats are %s", strings.Join(o.formats, ", "))
+	}
+	o.format = format
+	return nil
 }
 
 // print writes a value as JSON or YAML, or as text in the way given.
 func (o *output) print(w io.Writer, value any, text func() error) error {
-	switch o.format {
-	case "text":
+	if o.format == "text" {
 		return text()
-	case "json", "yaml":
-		out, err := json.MarshalIndent(value, "", "  ")
-		if err != nil {
+	}
+	out, err := json.MarshalIndent(value, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode output: %w", err)
+	}
+	out = append(out, '\n')
+	if o.format == "yaml" {
+		if out, err = yaml.JSONToYAML(out); err != nil {
 			return fmt.Errorf("encode output: %w", err)
 		}
-		if o.format == "yaml" {
-			if out, err = yaml.JSONToYAML(out); err != nil {
-				return fmt.Errorf("encode output: %w", err)
-			}
-			_, err = w.Write(out)
-			return err
-		}
-		_, err = fmt.Fprintln(w, string(out))
-		return err
 	}
-	return usage("use -o text, -o json or -o yaml", "unknown output format %q", o.format)
+	_, err = w.Write(out)
+	return err
 }
 
 // colours reports whether a writer is a terminal that wants colours (https://no-color.org).

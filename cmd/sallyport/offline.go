@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,7 +12,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"sigs.k8s.io/yaml"
 
 	"sallyport.dev/authz"
 	"sallyport.dev/controlplane"
@@ -30,7 +28,7 @@ func checkCommand() *cobra.Command {
 		Short: "Check documents: all problems at once",
 		Long: `Check reads the documents of a folder or a file as ` + "`up`" + ` would, makes everything of them that it would make, and
 shows all problems. It changes nothing and asks nobody. Exit status 1 if there is a problem.`,
-		Example: "  sallyport check examples/rag/sallyport",
+		Example: "  sallyport check documents/",
 		Args:    oneDir,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cfg, err := d.assemble(args[0])
@@ -57,7 +55,7 @@ shows all problems. It changes nothing and asks nobody. Exit status 1 if there i
 		},
 	}
 	d.add(cmd.Flags())
-	o.add(cmd)
+	o.add(cmd, "text", "json", "yaml")
 	return cmd
 }
 
@@ -89,30 +87,31 @@ only --caller it lists everything that the caller may do. It asks the running ` 
 Exit status 1 if the request is denied.`,
 		Example: `  sallyport explain --caller spiffe://example.org/rag-app
   sallyport explain --caller spiffe://example.org/rag-app --endpoint chat --operation Infer --resource smollm2
-  sallyport explain -f examples/rag/sallyport --caller spiffe://example.org/intern`,
+  sallyport explain -f documents/ --caller spiffe://example.org/intern`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r.Endpoint, r.Operation = segment.EndpointName(endpoint), segment.Operation(operation)
 			if r.Caller == "" {
 				return usage("name a SPIFFE ID, as in --caller spiffe://example.org/rag-app", "--caller is missing")
 			}
-			if !strings.HasPrefix(r.Caller, "spiffe://") {
-				r.Caller = "spiffe://" + d.trustDomain + "/" + strings.TrimPrefix(r.Caller, "/")
+			everything := endpoint == "" && operation == "" && r.Resource == ""
+			if !everything {
+				if err := wholeRequest(r); err != nil {
+					return err
+				}
 			}
-			if endpoint == "" && operation == "" && r.Resource == "" {
-				rights, err := rightsOf(cmd.Context(), &d, from, state, r.Caller)
+			var err error
+			if r.Caller, err = wholeID(cmd, &d, from, state, r.Caller); err != nil {
+				return err
+			}
+			if everything {
+				rights, err := rightsOf(cmd, &d, from, state, r.Caller)
 				if err != nil {
 					return err
 				}
 				return o.print(cmd.OutOrStdout(), rights, func() error { return writeRights(cmd.OutOrStdout(), r.Caller, rights) })
 			}
-			if endpoint == "" || operation == "" || r.Resource == "" {
-				return usage("give all three of --endpoint, --operation and --resource, or none", "part of the request is missing")
-			}
-			if !slices.Contains(segment.Operations(), r.Operation) && r.Operation != segment.Discover && r.Operation != segment.Enter {
-				return usage(fmt.Sprintf("operations are %v", segment.Operations()), "unknown operation %q", operation)
-			}
-			ex, err := explanation(cmd.Context(), &d, from, state, r)
+			ex, err := explanation(cmd, &d, from, state, r)
 			if err != nil {
 				return err
 			}
@@ -125,21 +124,53 @@ Exit status 1 if the request is denied.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&r.Caller, "caller", "", "SPIFFE ID of the caller, or its path in the trust domain")
-	cmd.Flags().StringVar(&endpoint, "endpoint", "", "endpoint that it asks")
-	cmd.Flags().StringVar(&operation, "operation", "", "what it wants to do")
-	cmd.Flags().StringVar(&r.Resource, "resource", "", "model or collection")
-	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from this folder instead of asking `up`")
+	cmd.Flags().StringVar(&r.Caller, "caller", "", "SPIFFE `ID` of the caller, or its path in the trust domain")
+	cmd.Flags().StringVar(&endpoint, "endpoint", "", "`NAME` of the endpoint that it asks")
+	cmd.Flags().StringVar(&operation, "operation", "", "`NAME` of what it wants to do, as in Infer")
+	cmd.Flags().StringVar(&r.Resource, "resource", "", "`NAME` of the model or collection; none for Enter")
+	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from `DIR` instead of asking the running up")
 	stateFlag(cmd.Flags(), &state)
 	d.add(cmd.Flags())
-	o.add(cmd)
+	o.add(cmd, "text", "json", "yaml")
 	return cmd
 }
 
-func explanation(ctx context.Context, d *deployment, from, state string, r authz.Request) (authz.Explanation, error) {
+// wholeRequest refuses a request with a part too few, or one too many.
+func wholeRequest(r authz.Request) error {
+	all := append(segment.Operations(), segment.Discover, segment.Enter)
+	switch {
+	case r.Endpoint == "" || r.Operation == "" || r.Resource == "" && r.Operation != segment.Enter:
+		return usage("give all three of --endpoint, --operation and --resource, or none; only Enter has no resource", "part of the request is missing")
+	case r.Resource != "" && r.Operation == segment.Enter:
+		return usage("leave --resource out: Enter is what a client asks before it names one", "Enter has no resource")
+	case !slices.Contains(all, r.Operation):
+		return usage(fmt.Sprintf("operations are %v", all), "unknown operation %q", r.Operation)
+	}
+	return nil
+}
+
+// wholeID makes a SPIFFE ID of a path: in the trust domain of whoever is asked.
+func wholeID(cmd *cobra.Command, d *deployment, from, state, caller string) (string, error) {
+	if strings.HasPrefix(caller, "spiffe://") {
+		return caller, nil
+	}
+	trustDomain := d.trustDomain
 	if from == "" {
-		return ask(state, func(c *operator.Client) (ex authz.Explanation, err error) {
-			return ex, c.Get(ctx, "/explain", url.Values{"caller": {r.Caller}, "endpoint": {string(r.Endpoint)},
+		st, err := ask(cmd, state, func(c *operator.Client) (st operator.Status, err error) {
+			return st, c.Get(cmd.Context(), "/status", nil, &st)
+		})
+		if err != nil {
+			return "", err
+		}
+		trustDomain = st.TrustDomain.Name()
+	}
+	return "spiffe://" + trustDomain + "/" + strings.TrimPrefix(caller, "/"), nil
+}
+
+func explanation(cmd *cobra.Command, d *deployment, from, state string, r authz.Request) (authz.Explanation, error) {
+	if from == "" {
+		return ask(cmd, state, func(c *operator.Client) (ex authz.Explanation, err error) {
+			return ex, c.Get(cmd.Context(), "/explain", url.Values{"caller": {r.Caller}, "endpoint": {string(r.Endpoint)},
 				"operation": {string(r.Operation)}, "resource": {r.Resource}}, &ex)
 		})
 	}
@@ -151,10 +182,10 @@ func explanation(ctx context.Context, d *deployment, from, state string, r authz
 	return authz.Explain(authz.Compile(&cfg, now), &cfg, r, now), nil
 }
 
-func rightsOf(ctx context.Context, d *deployment, from, state, caller string) ([]authz.Right, error) {
+func rightsOf(cmd *cobra.Command, d *deployment, from, state, caller string) ([]authz.Right, error) {
 	if from == "" {
-		return ask(state, func(c *operator.Client) (rights []authz.Right, err error) {
-			return rights, c.Get(ctx, "/rights", url.Values{"caller": {caller}}, &rights)
+		return ask(cmd, state, func(c *operator.Client) (rights []authz.Right, err error) {
+			return rights, c.Get(cmd.Context(), "/rights", url.Values{"caller": {caller}}, &rights)
 		})
 	}
 	cfg, err := d.assemble(from)
@@ -170,7 +201,8 @@ func writeExplanation(w io.Writer, ex authz.Explanation) error {
 		verdict = "allowed"
 	}
 	r := ex.Request
-	fmt.Fprintf(w, "%s: %s %s at %s, for %s\n  decided by %s\n", verdict, r.Operation, r.Resource, r.Endpoint, r.Caller, ex.Decision.Rule)
+	what := strings.TrimSpace(string(r.Operation) + " " + r.Resource) // Enter has no resource
+	fmt.Fprintf(w, "%s: %s at %s, for %s\n  decided by %s\n", verdict, what, r.Endpoint, r.Caller, ex.Decision.Rule)
 	if ex.Decision.ShadowAllowed != ex.Decision.Allowed || ex.Decision.ShadowRule != ex.Decision.Rule {
 		shadow := "deny"
 		if ex.Decision.ShadowAllowed {
@@ -219,41 +251,32 @@ func writeRights(w io.Writer, caller string, rights []authz.Right) error {
 
 func renderCommand() *cobra.Command {
 	var d deployment
-	var from, state, format string
+	var o output
+	var from, state string
 	cmd := &cobra.Command{
 		Use:   "render",
 		Short: "Show the Envoy resources that the documents become",
 		Long:  "Render shows what the gateway is sent, as YAML. It asks the running `up`, or with -f reads documents.",
 		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			text, err := rendered(cmd.Context(), &d, from, state)
+			text, err := rendered(cmd, &d, from, state)
 			if err != nil {
 				return err
 			}
-			switch format {
-			case "yaml":
-				if text, err = yaml.JSONToYAML(text); err != nil {
-					return fmt.Errorf("write YAML: %w", err)
-				}
-			case "json":
-			default:
-				return usage("use -o yaml or -o json", "unknown output format %q", format)
-			}
-			_, err = cmd.OutOrStdout().Write(text)
-			return err
+			return o.print(cmd.OutOrStdout(), text, nil)
 		},
 	}
-	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from this folder instead of asking `up`")
-	cmd.Flags().StringVarP(&format, "output", "o", "yaml", "yaml or json")
+	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from `DIR` instead of asking the running up")
+	o.add(cmd, "yaml", "json")
 	stateFlag(cmd.Flags(), &state)
 	d.add(cmd.Flags())
 	return cmd
 }
 
-func rendered(ctx context.Context, d *deployment, from, state string) (json.RawMessage, error) {
+func rendered(cmd *cobra.Command, d *deployment, from, state string) (json.RawMessage, error) {
 	if from == "" {
-		return ask(state, func(c *operator.Client) (text json.RawMessage, err error) {
-			return text, c.Get(ctx, "/render", nil, &text)
+		return ask(cmd, state, func(c *operator.Client) (text json.RawMessage, err error) {
+			return text, c.Get(cmd.Context(), "/render", nil, &text)
 		})
 	}
 	cfg, err := d.assemble(from)

@@ -15,6 +15,7 @@ import (
 
 	"sallyport.dev/controlplane/operator"
 	"sallyport.dev/telemetry"
+	"sallyport.dev/telemetry/store"
 	"sallyport.dev/telemetry/view"
 )
 
@@ -29,7 +30,7 @@ still on its way and what it has refused, and why. Exit status 1 if documents ha
 refused something.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			st, err := ask(state, func(c *operator.Client) (st operator.Status, err error) {
+			st, err := ask(cmd, state, func(c *operator.Client) (st operator.Status, err error) {
 				return st, c.Get(cmd.Context(), "/status", nil, &st)
 			})
 			if err != nil {
@@ -50,7 +51,7 @@ refused something.`,
 		},
 	}
 	stateFlag(cmd.Flags(), &state)
-	o.add(cmd)
+	o.add(cmd, "text", "json", "yaml")
 	return cmd
 }
 
@@ -75,8 +76,12 @@ func writeStatus(w io.Writer, st operator.Status) error {
 			fmt.Fprintf(t, "\t  refused %s %s: %s\n", r.Type, strings.Join(r.Resources, ", "), r.Error)
 		}
 	}
-	fmt.Fprintf(t, "telemetry\t%s, %s, %d dropped\n", count(int(st.Telemetry.Flows.Rows)+st.Telemetry.Flows.Waiting, "flow"),
-		count(int(st.Telemetry.Spans.Rows)+st.Telemetry.Spans.Waiting, "span"), st.Telemetry.Flows.Dropped+st.Telemetry.Spans.Dropped)
+	tel := st.Telemetry
+	fmt.Fprintf(t, "telemetry\t%s, %s, %s, %d dropped\n", count(held(tel.Flows), "flow"), count(held(tel.Spans), "span"),
+		count(held(tel.Applications), "application span"), tel.Flows.Dropped+tel.Spans.Dropped+tel.Applications.Dropped)
+	if tel.Problem != "" {
+		fmt.Fprintf(t, "\t  not written: %s\n", tel.Problem)
+	}
 	if err := t.Flush(); err != nil {
 		return err
 	}
@@ -91,6 +96,8 @@ func writeStatus(w io.Writer, st operator.Status) error {
 	}
 	return nil
 }
+
+func held(c store.Count) int { return int(c.Rows) + c.Waiting }
 
 func gatewayState(connected, whole bool, rejected, pending int) string {
 	switch {
@@ -112,11 +119,11 @@ type filter struct {
 }
 
 func (f *filter) add(cmd *cobra.Command, what string) {
-	cmd.Flags().StringVar(&f.caller, "caller", "", "SPIFFE ID, or its beginning and a *")
-	cmd.Flags().StringVar(&f.endpoint, "endpoint", "", "endpoint")
-	cmd.Flags().StringVar(&f.verdict, "verdict", "", "allowed, denied, refused or failed")
-	cmd.Flags().DurationVar(&f.since, "since", 0, "how far back, as in 10m")
-	cmd.Flags().IntVarP(&f.limit, "limit", "n", 0, "at most so many "+what+" (default 100)")
+	cmd.Flags().StringVar(&f.caller, "caller", "", "SPIFFE `ID`, or its beginning and a *")
+	cmd.Flags().StringVar(&f.endpoint, "endpoint", "", "`NAME` of an endpoint")
+	cmd.Flags().StringVar(&f.verdict, "verdict", "", "`VERDICT`: allowed, denied, refused or failed")
+	cmd.Flags().DurationVar(&f.since, "since", 0, "how far back, a `DURATION` as in 10m")
+	cmd.Flags().IntVarP(&f.limit, "limit", "n", 0, "at most `N` "+what+"; 0: 100")
 	_ = cmd.RegisterFlagCompletionFunc("verdict", cobra.FixedCompletions([]string{"allowed", "denied", "refused", "failed"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
@@ -131,6 +138,9 @@ func (f *filter) query() (url.Values, error) {
 		if _, err := telemetry.ParseVerdict(f.verdict); err != nil {
 			return nil, usage("verdicts are allowed, denied, refused and failed", "--verdict: %w", err)
 		}
+	}
+	if f.since < 0 || f.limit < 0 {
+		return nil, usage("give --since and --limit as positive values", "--since or --limit is negative")
 	}
 	set("caller", f.caller)
 	set("endpoint", f.endpoint)
@@ -161,13 +171,10 @@ func flowsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if o.format != "text" && o.format != "json" {
-				return usage("use -o text or -o json (one flow a line)", "flows can't be written as %q", o.format)
-			}
 			if follow {
 				q.Set("follow", "true")
 			}
-			body, err := ask(state, func(c *operator.Client) (io.ReadCloser, error) {
+			body, err := ask(cmd, state, func(c *operator.Client) (io.ReadCloser, error) {
 				return c.Stream(cmd.Context(), "/flows", q)
 			})
 			if err != nil {
@@ -182,7 +189,7 @@ func flowsCommand() *cobra.Command {
 		},
 	}
 	f.add(cmd, "flows")
-	o.add(cmd)
+	o.add(cmd, "text", "json") // one flow a line
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with every flow as it comes")
 	stateFlag(cmd.Flags(), &state)
 	return cmd
@@ -235,7 +242,7 @@ func tracesCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			traces, err := ask(state, func(c *operator.Client) (t []telemetry.Summary, err error) {
+			traces, err := ask(cmd, state, func(c *operator.Client) (t []telemetry.Summary, err error) {
 				return t, c.Get(cmd.Context(), "/traces", q, &t)
 			})
 			if err != nil {
@@ -255,7 +262,7 @@ func tracesCommand() *cobra.Command {
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			trace, err := ask(state, func(c *operator.Client) (t telemetry.Trace, err error) {
+			trace, err := ask(cmd, state, func(c *operator.Client) (t telemetry.Trace, err error) {
 				return t, c.Get(cmd.Context(), "/traces/"+url.PathEscape(args[0]), nil, &t)
 			})
 			if err != nil {
@@ -264,9 +271,9 @@ func tracesCommand() *cobra.Command {
 			return o.print(cmd.OutOrStdout(), trace, func() error { return view.Trace(cmd.OutOrStdout(), trace, colours(cmd.OutOrStdout())) })
 		},
 	}
-	o.add(cmd)
-	show.Flags().StringVarP(&o.format, "output", "o", "text", "text, json or yaml")
-	cmd.PersistentFlags().StringVar(&state, "state", defaultState(), "state folder of the running `up`")
+	o.add(cmd, "text", "json", "yaml")
+	o.add(show, "text", "json", "yaml")
+	stateFlag(cmd.PersistentFlags(), &state)
 	cmd.AddCommand(show)
 	return cmd
 }

@@ -48,7 +48,7 @@ func TestScripts(t *testing.T) {
 			env.Setenv("EXAMPLES", filepath.Join(root, "examples"))
 			env.Setenv("SALLYPORT_STATE", filepath.Join(short, "state"))
 			env.Setenv("WORKLOAD", filepath.Join(short, "w", "workload.sock"))
-			for _, name := range []string{"LISTEN", "OTLP"} {
+			for _, name := range []string{"LISTEN", "LISTEN2", "OTLP"} {
 				l, err := net.Listen("tcp", "127.0.0.1:0")
 				if err != nil {
 					return err

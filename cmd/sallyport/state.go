@@ -53,13 +53,12 @@ func (s *stateFolder) close() { s.lock.Close() }
 
 // listen opens a socket that only we can reach. Whatever is left there is ours: we hold the lock.
 func (s *stateFolder) listen(name string) (*net.UnixListener, error) {
-	return listenUnix(filepath.Join(s.run, name), 0o600, 0o700)
+	return listenUnix(filepath.Join(s.run, name), 0o600, 0o700, "name another folder with --state")
 }
 
 // listenUnix opens a socket in a folder, and makes the folder where there is none. It takes over what a process left
-// that is gone, never what one is listening at.
-func listenUnix(path string, mode, folder fs.FileMode) (*net.UnixListener, error) {
-	const hint = "name another path with --workload-socket"
+// that is gone, never what one is listening at. The hint says how to choose another place.
+func listenUnix(path string, mode, folder fs.FileMode, hint string) (*net.UnixListener, error) {
 	if len(path) > longestSocket {
 		return nil, failed(hint, "listen at %s: the path is too long for a socket", path)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -80,12 +81,14 @@ The identity is that of this very process: the entry's selectors must match the 
 				return failed("a Workload document must name selectors that fit this process", "get SVID: %w", err)
 			case status.Code(err) == codes.Unavailable || errors.Is(err, context.DeadlineExceeded):
 				return failed("is `sallyport up` running? name its socket with --socket or $SPIFFE_ENDPOINT_SOCKET", "get SVID from %s: %w", c.Addr, err)
+			case id != "" && strings.Contains(err.Error(), "no such identity"):
+				return failed("leave --id out to get what this process may have, or let the Workload with this ID select it", "get SVID: %w", err)
 			}
 			return fmt.Errorf("get SVID: %w", err)
 		},
 	}
-	cmd.Flags().StringVar(&c.Dir, "write", "", "folder for svid.pem, svid_key.pem and bundle.pem (needed)")
-	cmd.Flags().StringVar(&socket, "socket", os.Getenv("SPIFFE_ENDPOINT_SOCKET"), "Workload API, as in unix:///run/sallyport/workload.sock")
-	cmd.Flags().StringVar(&id, "id", "", "which identity, if this process may have several")
+	cmd.Flags().StringVar(&c.Dir, "write", "", "`DIR` for svid.pem, svid_key.pem and bundle.pem (needed)")
+	cmd.Flags().StringVar(&socket, "socket", os.Getenv("SPIFFE_ENDPOINT_SOCKET"), "`ADDRESS` of the Workload API, as in unix:///run/sallyport/workload.sock")
+	cmd.Flags().StringVar(&id, "id", "", "SPIFFE `ID` of the identity, if this process may have several")
 	return cmd
 }

@@ -2,12 +2,10 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -61,21 +59,21 @@ change, issues SPIFFE identities over the Workload API, programs the gateway, an
 ends with Ctrl-C. What it must keep is in the state folder: the same CA and the same records after a restart.
 
 Envoy ` + gateway.Version + ` is taken from --envoy or $ENVOY, else from PATH, else from .parts/bin.`,
-		Example: "  sallyport up -f examples/rag/sallyport",
+		Example: "  sallyport up -f documents/",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return u.run(cmd.Context(), cmd.ErrOrStderr())
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVarP(&u.documents, "file", "f", "", "folder or file with the documents (needed)")
+	flags.StringVarP(&u.documents, "file", "f", "", "`DIR` or file with the documents (needed)")
 	stateFlag(flags, &u.state)
-	flags.StringVar(&u.workload, "workload-socket", defaultWorkloadSocket(), "Unix socket of the SPIFFE Workload API and SDS")
-	flags.StringVar(&u.otlp, "otlp-listen", "127.0.0.1:4317", "address on which applications send spans (OTLP/gRPC); empty: nowhere")
-	flags.StringVar(&u.envoy, "envoy", os.Getenv("ENVOY"), "path of Envoy")
-	flags.IntVar(&u.concurrency, "envoy-threads", 0, "worker threads of Envoy; 0: one for each core")
-	flags.DurationVar(&u.poll, "poll", 2*time.Second, "how often vector stores are asked what they hold")
-	flags.StringVar(&u.logFormat, "log-format", "text", "text or json")
+	flags.StringVar(&u.workload, "workload-socket", defaultWorkloadSocket(), "`PATH` of the Unix socket of the SPIFFE Workload API and SDS")
+	flags.StringVar(&u.otlp, "otlp-listen", "127.0.0.1:4317", "`ADDRESS` and port on which applications send spans (OTLP/gRPC); empty: nowhere")
+	flags.StringVar(&u.envoy, "envoy", os.Getenv("ENVOY"), "`PATH` of Envoy")
+	flags.IntVar(&u.concurrency, "envoy-threads", 0, "`N` worker threads of Envoy; 0: one for each core")
+	flags.DurationVar(&u.poll, "poll", 2*time.Second, "ask vector stores what they hold once every `DURATION`")
+	flags.StringVar(&u.logFormat, "log-format", "text", "`FORMAT`: text or json")
 	u.add(flags)
 	return cmd
 }
@@ -146,7 +144,7 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 
 	// --- the sockets ---
 
-	identitySocket, err := listenUnix(u.workload, 0o777, 0o755)
+	identitySocket, err := listenUnix(u.workload, 0o777, 0o755, "name another path with --workload-socket")
 	if err != nil {
 		return err
 	}
@@ -174,25 +172,29 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	group, ctx := errgroup.WithContext(ctx)
-	identityServer := grpc.NewServer(grpc.Creds(attest.NewCredentials()))
+	// At the end Envoy goes first: what it serves and reports until then needs the servers. They end with serving, and
+	// the store after them.
+	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopServing()
+	identityServer := grpc.NewServer(openToAll(attest.NewCredentials())...)
 	workloadapi.Register(identityServer, identities)
 	sds.Register(identityServer, identities, log)
-	serveGRPC(ctx, group, identityServer, identitySocket)
+	serveGRPC(serving, group, identityServer, identitySocket)
 
 	control := grpc.NewServer(grpc.MaxRecvMsgSize(64 << 20))
-	gateways.Register(ctx, control)
+	gateways.Register(serving, control)
 	accesslogv3.RegisterAccessLogServiceServer(control, ingest.NewAccessLog(stamped{records, gateways}))
 	collectorpb.RegisterTraceServiceServer(control, ingest.NewTraces(traces))
-	serveGRPC(ctx, group, control, controlSocket)
+	serveGRPC(serving, group, control, controlSocket)
 
 	if otlpListener != nil {
 		applications := grpc.NewServer()
 		collectorpb.RegisterTraceServiceServer(applications, ingest.NewTraces(ingest.TracesConfig{
 			Source: telemetry.FromApplication, Spans: records}))
-		serveGRPC(ctx, group, applications, otlpListener)
+		serveGRPC(serving, group, applications, otlpListener)
 	}
-	serveHTTP(ctx, group, lists, catalogSocket)
-	serveHTTP(ctx, group, (&operator.Server{
+	serveHTTP(serving, group, lists, catalogSocket)
+	serveHTTP(serving, group, (&operator.Server{
 		About: operator.About{Version: version(), Started: time.Now(), TrustDomain: options.TrustDomain,
 			Listen: u.listen, Workload: u.workload, OTLP: u.otlp},
 		Pipeline: pipeline, Gateways: gateways, Store: records,
@@ -200,12 +202,11 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 
 	group.Go(func() error { return filesource.Source{Path: u.documents, Log: log}.Run(ctx, documents) })
 	group.Go(func() error { return pipeline.Run(ctx) })
-	group.Go(func() error { return lists.Run(ctx) })
+	group.Go(func() error { return lists.Run(serving) })
 	if forward != nil {
-		group.Go(func() error { return forward.Run(ctx) })
+		group.Go(func() error { return forward.Run(serving) })
 	}
 
-	// The store outlives the others, so that it writes what they have still received.
 	storeCtx, storeStop := context.WithCancel(context.WithoutCancel(ctx))
 	storeDone := make(chan struct{})
 	go func() {
@@ -213,21 +214,29 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 		_ = records.Run(storeCtx) // always nil: a disk that fails is no reason to end
 	}()
 
+	envoySocket := filepath.Join(state.run, "envoy.sock")
 	supervisor := &gateway.Supervisor{
 		Binary: binary, Folder: state.run, Concurrency: u.concurrency, Log: log,
 		Bootstrap: envoy.Bootstrap(options.Gateway.Name, envoy.Sockets{
 			Control: controlSocket.Addr().String(), Identity: u.workload,
-			Catalog: catalogSocket.Addr().String(), Admin: filepath.Join(state.run, "envoy.sock")}),
+			Catalog: catalogSocket.Addr().String(), Admin: envoySocket}),
 	}
 	group.Go(func() error {
+		defer stopServing()
 		select {
 		case <-first: // Envoy may ask for its identity only when there is one
-			return supervisor.Run(ctx)
+			running, end := context.WithCancel(context.WithoutCancel(ctx))
+			defer end()
+			defer context.AfterFunc(ctx, func() {
+				lastReports(envoySocket)
+				end()
+			})()
+			return supervisor.Run(running)
 		case <-ctx.Done():
 			return nil
 		}
 	})
-	group.Go(func() error { return announce(ctx, log, gateways, options, u) })
+	group.Go(func() error { return announce(ctx, log, gateways, pipeline, u) })
 
 	err = group.Wait()
 	storeStop()
@@ -236,10 +245,24 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 	return err
 }
 
-// announce says when the first generation is in force.
-func announce(ctx context.Context, log *slog.Logger, gateways *xds.Server, options v1alpha1.Options, u *up) error {
+// announce says when the first generation is in force and callers are answered. Envoy takes a listener a moment before
+// it accepts connections.
+func announce(ctx context.Context, log *slog.Logger, gateways *xds.Server, pipeline *controlplane.Pipeline, u *up) error {
+	options := pipeline.Options
 	if err := gateways.WaitInForce(ctx, options.Gateway.Name); err != nil {
 		return nil //nolint:nilerr // it was told to end before
+	}
+	for tick := time.Tick(10 * time.Millisecond); pipeline.State().Generation.Resources.Listeners != nil; {
+		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", options.Gateway.Listen.String())
+		if err == nil {
+			c.Close()
+			break
+		}
+		select {
+		case <-tick:
+		case <-ctx.Done():
+			return nil
+		}
 	}
 	log.Info("ready", "gateway", options.Gateway.Name, "listen", u.listen, "trust_domain", options.TrustDomain,
 		"workload_socket", u.workload, "state", u.state)
@@ -289,34 +312,6 @@ func newest[T any](c chan T, v T) {
 		default:
 		}
 	}
-}
-
-func serveGRPC(ctx context.Context, group *errgroup.Group, s *grpc.Server, l net.Listener) {
-	group.Go(func() error {
-		if err := s.Serve(l); err != nil && ctx.Err() == nil {
-			return fmt.Errorf("serve %s: %w", l.Addr(), err)
-		}
-		return nil
-	})
-	group.Go(func() error {
-		<-ctx.Done()
-		s.Stop() // streams here never end by themselves
-		return nil
-	})
-}
-
-func serveHTTP(ctx context.Context, group *errgroup.Group, h http.Handler, l net.Listener) {
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
-	group.Go(func() error {
-		if err := s.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
-			return fmt.Errorf("serve %s: %w", l.Addr(), err)
-		}
-		return nil
-	})
-	group.Go(func() error {
-		<-ctx.Done()
-		return s.Close()
-	})
 }
 
 // entries is the sink that tells the issuer who may hold which identity.

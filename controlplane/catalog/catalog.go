@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -35,8 +36,16 @@ type Catalog struct {
 	generation *controlplane.Generation // nil: none yet
 	published  chan struct{}            // closed when the generation changes
 	names      envoy.Names
-	learned    int                           // counts what was learned, so that an older list does not undo it
-	silent     map[segment.EndpointName]bool // stores that did not answer, so that it is logged once
+	known      map[segment.EndpointName]*known
+	transports map[segment.BackendTLS]*http.Transport // of this generation
+}
+
+// known is what is remembered of an endpoint besides its names. All but changing is guarded by Catalog.mu.
+type known struct {
+	changes  int        // of what is known: what was asked before the last one may be older, and must not undo it
+	silent   bool       // the store did not answer, which is logged once
+	strange  bool       // the store told of collections that can't be used, which is logged once
+	changing sync.Mutex // held while a store is told to change a collection
 }
 
 // How long a client waits for the gateways to know a new collection, and a store for an answer.
@@ -50,6 +59,7 @@ func (c *Catalog) Publish(_ context.Context, g *controlplane.Generation) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.generation = g
+	c.transports = nil // CA files are read anew
 	if c.published != nil {
 		close(c.published)
 	}
@@ -91,39 +101,60 @@ func (c *Catalog) Run(ctx context.Context) error {
 
 // refresh asks a store for its collections. When it does not answer, what was known stays: a UUID never changes hands.
 func (c *Catalog) refresh(ctx context.Context, e *segment.Endpoint) {
-	ctx, cancel := context.WithTimeout(ctx, storeTime)
-	defer cancel()
-	c.mu.Lock()
-	before := c.learned
-	c.mu.Unlock()
-	collections, err := storeOf(e).collections(ctx)
+	before := c.changes(e.Name)
+	all, err := c.storeOf(e).listed(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.learned != before {
-		return // the list may be older than what has been learned: the next one is not
-	}
-	if c.silent == nil {
-		c.silent = map[segment.EndpointName]bool{}
+	k := c.about(e.Name)
+	if k.changes != before {
+		return // the list may be older than what is known: the next one is not
 	}
 	if err != nil {
-		if !c.silent[e.Name] && ctx.Err() != context.Canceled {
+		if !k.silent && ctx.Err() == nil {
 			c.Log.Warn("store does not tell its collections", "endpoint", e.Name, "error", err)
 		}
-		c.silent[e.Name] = true
+		k.silent = true
 		return
 	}
-	c.silent[e.Name] = false
-	names := make(map[string]string, len(collections))
-	for _, col := range collections {
-		names[col.ID] = col.Name
+	k.silent = false
+	names := make(map[string]string, len(all))
+	for _, col := range all {
+		if col.usable() {
+			names[col.ID] = col.Name
+		}
 	}
-	c.set(e.Name, names)
+	if strange := len(all) - len(names); strange > 0 && !k.strange {
+		c.Log.Warn("store has collections whose UUID or name is none: nobody can use them", "endpoint", e.Name, "collections", strange)
+	}
+	k.strange = len(names) < len(all)
+	if !maps.Equal(c.names[e.Name], names) {
+		c.set(e.Name, names)
+	}
+}
+
+// about returns what is remembered of an endpoint. The caller holds the lock.
+func (c *Catalog) about(endpoint segment.EndpointName) *known {
+	if c.known == nil {
+		c.known = map[segment.EndpointName]*known{}
+	}
+	if c.known[endpoint] == nil {
+		c.known[endpoint] = &known{}
+	}
+	return c.known[endpoint]
+}
+
+// changes counts what has changed at an endpoint. Read it before a store is asked.
+func (c *Catalog) changes(endpoint segment.EndpointName) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.about(endpoint).changes
 }
 
 // set replaces what is known of an endpoint. The caller holds the lock.
 func (c *Catalog) set(endpoint segment.EndpointName, names map[string]string) {
+	c.about(endpoint).changes++
 	if maps.Equal(c.names[endpoint], names) {
-		return
+		return // and still what was asked before may be older
 	}
 	next := maps.Clone(c.names) // others may still read the old one
 	if next == nil {
@@ -134,31 +165,75 @@ func (c *Catalog) set(endpoint segment.EndpointName, names map[string]string) {
 	c.Learned(next)
 }
 
-// learn adds one collection and returns when the gateways know it.
-func (c *Catalog) learn(ctx context.Context, endpoint segment.EndpointName, id, name string) error {
+// learn adds a collection that a store has told of when `before` changes were known. If it is known by another name
+// and anything has changed since, what is known is kept.
+func (c *Catalog) learn(endpoint segment.EndpointName, before int, col collection) {
 	c.mu.Lock()
-	if c.names[endpoint][id] != name {
-		names := maps.Clone(c.names[endpoint])
-		if names == nil {
-			names = map[string]string{}
-		}
-		names[id] = name
-		c.learned++
-		c.set(endpoint, names)
+	defer c.mu.Unlock()
+	name, told := c.names[endpoint][col.ID]
+	if name == col.Name || told && c.about(endpoint).changes != before {
+		return
 	}
-	c.mu.Unlock()
+	c.set(endpoint, c.with(endpoint, col))
+}
 
+// rename says what a collection is called from now on.
+func (c *Catalog) rename(endpoint segment.EndpointName, col collection) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.set(endpoint, c.with(endpoint, col))
+}
+
+// with returns what is known of an endpoint and one collection more. The caller holds the lock.
+func (c *Catalog) with(endpoint segment.EndpointName, col collection) map[string]string {
+	names := map[string]string{col.ID: col.Name}
+	for id, name := range c.names[endpoint] {
+		if id != col.ID {
+			names[id] = name
+		}
+	}
+	return names
+}
+
+// forget makes UUIDs nobody's, so that their use is denied.
+func (c *Catalog) forget(endpoint segment.EndpointName, ids ...string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	names := maps.Clone(c.names[endpoint])
+	for _, id := range ids {
+		delete(names, id)
+	}
+	c.set(endpoint, names)
+}
+
+// called returns the UUIDs that are known by a name.
+func (c *Catalog) called(endpoint segment.EndpointName, name string) (ids []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for id, n := range c.names[endpoint] {
+		if n == name {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// settle returns nil once the gateways know of these UUIDs what the catalogue knows.
+func (c *Catalog) settle(ctx context.Context, endpoint segment.EndpointName, ids ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, settleTime)
 	defer cancel()
 	for {
+		c.mu.Lock()
+		names := c.names[endpoint]
+		c.mu.Unlock()
 		g, published := c.current()
-		if g.Names[endpoint][id] == name {
+		if !slices.ContainsFunc(ids, func(id string) bool { return g.Names[endpoint][id] != names[id] }) {
 			return c.InForce(ctx)
 		}
 		select {
 		case <-published:
 		case <-ctx.Done():
-			return fmt.Errorf("wait for the gateways to know collection %q: %w", name, ctx.Err())
+			return fmt.Errorf("wait for the gateways to know collections %q: %w", ids, ctx.Err())
 		}
 	}
 }

@@ -4,11 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/netip"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -306,5 +311,286 @@ func TestNobodyButAGateway(t *testing.T) {
 	code, body := f.ask("owner", "list-collections", "GET", "/collections", "")
 	if code != http.StatusServiceUnavailable || !strings.Contains(body, `"error":"InternalError"`) {
 		t.Errorf("store down: %d %s", code, body)
+	}
+}
+
+// slow is a way to a store on which answers to one request can be held back.
+type slow struct {
+	address string
+	held    chan struct{} // receives once per answer that is held
+	free    chan struct{} // and this lets it go
+	holds   atomic.Value  // string: the method and path whose next answer is held
+}
+
+func newSlow(t *testing.T, address string) *slow {
+	s := &slow{held: make(chan struct{}), free: make(chan struct{})}
+	s.holds.Store("")
+	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: address})
+	proxy.ModifyResponse = func(r *http.Response) error {
+		if what := r.Request.Method + " " + strings.TrimPrefix(r.Request.URL.Path, database); s.holds.CompareAndSwap(what, "") {
+			body, err := io.ReadAll(r.Body) // the store has answered
+			r.Body = io.NopCloser(bytes.NewReader(body))
+			s.held <- struct{}{}
+			<-s.free
+			return err
+		}
+		return nil
+	}
+	server := httptest.NewServer(proxy)
+	t.Cleanup(server.Close)
+	s.address = server.Listener.Addr().String()
+	return s
+}
+
+// What a store has said before a change must not undo it, whenever it arrives.
+func TestOlderAnswersUndoNothing(t *testing.T) {
+	way := newSlow(t, chroma(t))
+	f := newFixture(t, way.address)
+	id := f.create("public-one")
+	var wrong atomic.Value // a name that has been left behind, and was told since
+	wrong.Store("")
+	learned, left := f.catalog.Learned, atomic.Value{}
+	left.Store("")
+	f.catalog.mu.Lock()
+	f.catalog.Learned = func(n envoy.Names) {
+		if name := n["docs"][id]; name != "" && name == left.Load() {
+			wrong.Store(name)
+		}
+		learned(n)
+	}
+	f.catalog.mu.Unlock()
+	change := func(old, route, method, path, body string) {
+		t.Helper()
+		if code, answer := f.ask("owner", route, method, path, body); code != 200 {
+			t.Fatalf("%s: %d %s", route, code, answer)
+		}
+		left.Store(old)
+	}
+	passed := func() { // the next list is under way only when the one before it has been taken
+		t.Helper()
+		way.free <- struct{}{}
+		way.holds.Store("GET /collections")
+		<-way.held
+		way.free <- struct{}{}
+		if name := wrong.Load(); name != "" {
+			t.Errorf("%s is called %s again", id, name)
+		}
+	}
+
+	way.holds.Store("GET /collections")
+	<-way.held
+	change("public-one", "modify-collection", "PUT", "/collections/"+id, `{"new_name":"public-two"}`)
+	passed()
+
+	way.holds.Store("GET /collections/public-two")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f.ask("owner", "get-collection", "GET", "/collections/public-two", "")
+	}()
+	<-way.held
+	change("public-two", "modify-collection", "PUT", "/collections/"+id, `{"new_name":"public-three"}`)
+	way.free <- struct{}{}
+	<-done
+	if name := wrong.Load(); name != "" {
+		t.Errorf("%s is called %s again", id, name)
+	}
+
+	way.holds.Store("GET /collections")
+	<-way.held
+	change("public-three", "delete-collection", "DELETE", "/collections/public-three", "")
+	passed()
+}
+
+// A client hears of a new name, or of an end, only when the gateways know; of a new collection even when they don't.
+func TestClientsWaitForGateways(t *testing.T) {
+	f := newFixture(t, chroma(t))
+	id := f.create("public-one")
+	var inForce map[string]string
+	f.catalog.InForce = func(context.Context) error {
+		g, _ := f.catalog.current()
+		inForce = g.Names["docs"]
+		return nil
+	}
+	if code, _ := f.ask("owner", "modify-collection", "PUT", "/collections/"+id, `{"new_name":"public-two"}`); code != 200 || inForce[id] != "public-two" {
+		t.Errorf("renamed: %d, and in force is %v", code, inForce)
+	}
+	if code, _ := f.ask("owner", "delete-collection", "DELETE", "/collections/public-two", ""); code != 200 || len(inForce) != 0 || inForce == nil {
+		t.Errorf("deleted: %d, and in force is %v", code, inForce)
+	}
+
+	f.catalog.InForce = func(context.Context) error { return context.DeadlineExceeded }
+	id = f.create("public-one")
+	if code, _ := f.ask("owner", "get-collection", "GET", "/collections/public-one", ""); code != 200 {
+		t.Errorf("get, not in force: %d", code)
+	}
+	if code, _ := f.ask("owner", "modify-collection", "PUT", "/collections/"+id, `{"new_name":"public-two"}`); code != 503 {
+		t.Errorf("renamed, not in force: %d", code)
+	}
+	if code, _ := f.ask("owner", "delete-collection", "DELETE", "/collections/public-two", ""); code != 503 {
+		t.Errorf("deleted, not in force: %d", code)
+	}
+	if code, _ := f.ask("owner", "delete-collection", "DELETE", "/collections/public-two", ""); code != 404 {
+		t.Errorf("deleted again: %d", code)
+	}
+}
+
+func TestUsable(t *testing.T) {
+	const id = "0b0ff8a4-8a3b-4d4c-9a49-8f9d0a2e7c11"
+	for _, c := range []struct {
+		id, name string
+		usable   bool
+	}{
+		{id, "a.B_c-9", true},
+		{id, strings.Repeat("a", 512), true},
+		{id, strings.Repeat("a", 513), false},
+		{id, "", false},
+		{id, "a|b", false},
+		{id, "a%b", false},
+		{id, "a\n", false},
+		{id, "ä", false},
+		{strings.ToUpper(id), "abc", false},
+		{"{" + id + "}", "abc", false},
+		{id + "\n", "abc", false},
+		{strings.ReplaceAll(id, "-", ""), "abc", false},
+		{"", "abc", false},
+	} {
+		if got := (collection{ID: c.id, Name: c.name}).usable(); got != c.usable {
+			t.Errorf("%q %q: %v", c.id, c.name, got)
+		}
+	}
+}
+
+// odd is a store that does what a real one doesn't, and counts how often it is asked.
+func odd(t *testing.T, answer http.HandlerFunc) (segment.Backend, *atomic.Int32) {
+	asked := new(atomic.Int32)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		answer(w, r)
+	}))
+	t.Cleanup(server.Close)
+	return behindAddress(t, server, segment.BackendTLS{Mode: segment.TLSNone}), asked
+}
+
+func behindAddress(t *testing.T, server *httptest.Server, how segment.BackendTLS) segment.Backend {
+	t.Helper()
+	at, err := netip.ParseAddrPort(server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return segment.Backend{Name: "odd", Addresses: []segment.Address{{Host: at.Addr().String(), Port: at.Port()}}, TLS: how}
+}
+
+func TestOddLists(t *testing.T) {
+	page := func(from, n int) string {
+		var all []string
+		for i := range n {
+			all = append(all, fmt.Sprintf(`{"id":"%08x-0000-4000-8000-000000000000","name":"n"}`, from+i))
+		}
+		return "[" + strings.Join(all, ",") + "]"
+	}
+	same, asked := odd(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, page(0, 500)) })
+	e := &segment.Endpoint{Name: "docs", Backends: []segment.Backend{same}}
+	if all, err := new(Catalog).storeOf(e).listed(t.Context()); err == nil || asked.Load() != 2 {
+		t.Errorf("always the same page: %d, %v, asked %d times", len(all), err, asked.Load())
+	}
+	next := 0
+	more, _ := odd(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, page(next, 50_000)); next += 50_000 })
+	e.Backends[0] = more
+	if all, err := new(Catalog).storeOf(e).listed(t.Context()); err == nil {
+		t.Errorf("without end: %d", len(all))
+	}
+
+	// What can't be used is not told to gateways, and said once.
+	strange, _ := odd(t, func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `[{"id":"0b0ff8a4-8a3b-4d4c-9a49-8f9d0a2e7c11","name":"good"},{"id":"0B0FF8A4-8A3B-4D4C-9A49-8F9D0A2E7C12","name":"bad"},
+			{"id":"0b0ff8a4-8a3b-4d4c-9a49-8f9d0a2e7c13","name":"b|ad"},{"id":5}]`)
+	})
+	e.Backends[0] = strange
+	var log strings.Builder
+	c := &Catalog{Log: slog.New(slog.NewTextHandler(&log, nil)), Learned: func(envoy.Names) {}}
+	c.refresh(t.Context(), e)
+	c.refresh(t.Context(), e)
+	if n := c.names["docs"]; len(n) != 1 || n["0b0ff8a4-8a3b-4d4c-9a49-8f9d0a2e7c11"] != "good" {
+		t.Errorf("names are %v", n)
+	}
+	if n := strings.Count(log.String(), "WARN"); n != 1 {
+		t.Errorf("%d warnings: %s", n, log.String())
+	}
+}
+
+// Whatever may have changed something is asked once.
+func TestNextAddress(t *testing.T) {
+	broken, _ := odd(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })
+	huge, _ := odd(t, func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.CopyN(w, zeros{}, maxAnswer+1)
+	})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	down := broken
+	down.Addresses = []segment.Address{{Host: "127.0.0.1", Port: uint16(l.Addr().(*net.TCPAddr).Port)}}
+	l.Close()
+	mutual := broken
+	mutual.TLS = segment.BackendTLS{Mode: segment.TLSMutual}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, c := range []struct {
+		what   string
+		ctx    context.Context
+		first  segment.Backend
+		method string
+		next   bool
+	}{
+		{"breaks off a read", t.Context(), broken, "GET", true},
+		{"breaks off a change", t.Context(), broken, "POST", false},
+		{"is down for a read", t.Context(), down, "GET", true},
+		{"is down for a change", t.Context(), down, "POST", true},
+		{"is asked too late", over, down, "GET", false},
+		{"is beyond the control plane", t.Context(), mutual, "POST", true},
+		{"says too much", t.Context(), huge, "POST", false},
+	} {
+		good, asked := odd(t, func(http.ResponseWriter, *http.Request) {})
+		e := &segment.Endpoint{Backends: []segment.Backend{c.first, good}}
+		_, _, err := new(Catalog).storeOf(e).do(c.ctx, c.method, "/", nil)
+		if (asked.Load() == 1) != c.next || (err == nil) != c.next {
+			t.Errorf("the first %s: the next is asked %d times, %v", c.what, asked.Load(), err)
+		}
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+func TestCAIsReadOncePerGeneration(t *testing.T) {
+	server := httptest.NewTLSServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	t.Cleanup(server.Close)
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	if err := os.WriteFile(file, ca, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b := behindAddress(t, server, segment.BackendTLS{Mode: segment.TLSServer, ServerName: "example.com", CAFile: file})
+	c := &Catalog{}
+	ask := func() error {
+		_, _, err := c.storeOf(&segment.Endpoint{Backends: []segment.Backend{b}}).do(t.Context(), "GET", "/", nil)
+		return err
+	}
+	if err := ask(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if err := ask(); err != nil {
+		t.Errorf("the same generation: %v", err)
+	}
+	if err := c.Publish(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := ask(); err == nil {
+		t.Error("the next generation does not read the CA")
 	}
 }

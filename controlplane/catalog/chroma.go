@@ -1,9 +1,11 @@
 package catalog
 
 import (
+	"context"
 	"encoding/json"
 	"io"
 	"net/http"
+	"path"
 	"strconv"
 
 	"sallyport.dev/controlplane/envoy"
@@ -16,28 +18,24 @@ func (c *Catalog) chroma(w http.ResponseWriter, r *http.Request, q *question) {
 		c.listCollections(w, r, q)
 	case "modify-collection":
 		c.modifyCollection(w, r, q)
-	default: // the gateway has decided about the only name that there is
-		body, err := io.ReadAll(io.LimitReader(r.Body, envoy.MaxBodyBytes))
-		if err != nil {
-			c.unavailable(w, r, q, err)
-			return
-		}
-		c.forward(w, r, q, body)
+	case "delete-collection":
+		c.deleteCollection(w, r, q)
+	default: // create-collection and get-collection
+		c.tellCollection(w, r, q)
 	}
 }
 
 // listCollections pages through what is left after filtering, so that limit and offset tell nothing either.
 func (c *Catalog) listCollections(w http.ResponseWriter, r *http.Request, q *question) {
-	all, err := storeOf(q.endpoint).listed(r.Context())
+	all, err := c.storeOf(q.endpoint).listed(r.Context())
 	if err != nil {
 		c.unavailable(w, r, q, err)
 		return
 	}
 	visible := []json.RawMessage{}
-	for _, raw := range all {
-		var col collection
-		if json.Unmarshal(raw, &col) == nil && q.may(segment.Discover, col.Name) {
-			visible = append(visible, raw)
+	for _, col := range all {
+		if col.usable() && q.may(segment.Discover, col.Name) {
+			visible = append(visible, col.raw)
 		}
 	}
 	if q.route == "count-collections" {
@@ -63,42 +61,99 @@ func (c *Catalog) modifyCollection(w http.ResponseWriter, r *http.Request, q *qu
 		c.refuse(w, r, q, http.StatusBadRequest, "The request has a body that is not a JSON object, so it can't be judged.")
 		return
 	}
-	if raw, renames := change["new_name"]; renames && string(raw) != "null" {
-		var name string
-		if json.Unmarshal(raw, &name) != nil || !q.may(segment.Admin, name) {
-			c.refuse(w, r, q, http.StatusForbidden, q.caller+" has no grant for Admin "+name)
-			return
-		}
+	raw, renames := change["new_name"]
+	renames = renames && string(raw) != "null"
+	col := collection{ID: path.Base(r.URL.Path)}
+	if renames && (json.Unmarshal(raw, &col.Name) != nil || !q.may(segment.Admin, col.Name)) {
+		c.refuse(w, r, q, http.StatusForbidden, q.caller+" has no grant for Admin "+col.Name)
+		return
 	}
 	body, err := json.Marshal(change)
 	if err != nil {
 		c.unavailable(w, r, q, err)
 		return
 	}
-	c.forward(w, r, q, body)
+	c.mutate(w, r, q, body, []string{col.ID}, func() {
+		switch {
+		case !renames:
+		case col.usable():
+			c.rename(q.endpoint.Name, col)
+		default:
+			c.forget(q.endpoint.Name, col.ID)
+		}
+	})
 }
 
-// forward passes the request on, and lets the gateways learn what has become of it before the client does.
-func (c *Catalog) forward(w http.ResponseWriter, r *http.Request, q *question, body []byte) {
-	code, answer, err := storeOf(q.endpoint).do(r.Context(), r.Method, r.URL.RequestURI(), body)
+// deleteCollection forgets what had the name before: what gets it meanwhile is another collection.
+func (c *Catalog) deleteCollection(w http.ResponseWriter, r *http.Request, q *question) {
+	ids := c.called(q.endpoint.Name, path.Base(r.URL.Path))
+	c.mutate(w, r, q, nil, ids, func() { c.forget(q.endpoint.Name, ids...) })
+}
+
+// mutate passes a change of collections on. The client hears of it when the gateways know: until then the UUIDs have
+// their old names, and the grants of those.
+func (c *Catalog) mutate(w http.ResponseWriter, r *http.Request, q *question, body []byte, ids []string, done func()) {
+	code, answer, err := c.change(r, q, body, ids, done)
+	if err == nil && code < 300 {
+		err = c.settle(r.Context(), q.endpoint.Name, ids...)
+	}
+	if err != nil {
+		c.unavailable(w, r, q, err)
+		return
+	}
+	reply(w, code, answer)
+}
+
+// change makes one change of an endpoint's collections at a time, so that what is known last is what happened last.
+func (c *Catalog) change(r *http.Request, q *question, body []byte, ids []string, done func()) (int, []byte, error) {
+	c.mu.Lock()
+	changing := &c.about(q.endpoint.Name).changing
+	c.mu.Unlock()
+	changing.Lock()
+	defer changing.Unlock()
+	if err := r.Context().Err(); err != nil {
+		return 0, nil, err // waited for too long
+	}
+	// A client that hangs up must not keep the outcome from being known.
+	code, answer, err := c.storeOf(q.endpoint).do(context.WithoutCancel(r.Context()), r.Method, r.URL.RequestURI(), body)
+	switch {
+	case err != nil || code >= 500: // it may have happened or not: nobody's until a list tells
+		c.forget(q.endpoint.Name, ids...)
+	case code < 300:
+		done()
+	}
+	return code, answer, err
+}
+
+// tellCollection passes a request on that the gateway has decided, and lets the gateways learn the UUID in the answer
+// before the client does. If they don't in time, that UUID is denied for a moment longer, which harms nobody.
+func (c *Catalog) tellCollection(w http.ResponseWriter, r *http.Request, q *question) {
+	body, err := io.ReadAll(io.LimitReader(r.Body, envoy.MaxBodyBytes))
+	if err != nil {
+		c.unavailable(w, r, q, err)
+		return
+	}
+	before := c.changes(q.endpoint.Name)
+	code, answer, err := c.storeOf(q.endpoint).do(r.Context(), r.Method, r.URL.RequestURI(), body)
 	if err != nil {
 		c.unavailable(w, r, q, err)
 		return
 	}
 	if code < 300 {
-		switch q.route {
-		case "create-collection", "get-collection":
-			var col collection
-			if err := json.Unmarshal(answer, &col); err != nil || col.ID == "" {
-				c.Log.Warn("store answers without a UUID", "endpoint", q.endpoint.Name, "error", err)
-			} else if err := c.learn(r.Context(), q.endpoint.Name, col.ID, col.Name); err != nil {
-				c.unavailable(w, r, q, err)
-				return
+		var col collection
+		if err := json.Unmarshal(answer, &col); err != nil || !col.usable() {
+			c.Log.Warn("store answers without a UUID and a name", "endpoint", q.endpoint.Name, "error", err)
+		} else {
+			c.learn(q.endpoint.Name, before, col)
+			if err := c.settle(r.Context(), q.endpoint.Name, col.ID); err != nil {
+				c.Log.Warn("gateways don't know a collection yet", "endpoint", q.endpoint.Name, "error", err)
 			}
-		default:
-			c.refresh(r.Context(), q.endpoint)
 		}
 	}
+	reply(w, code, answer)
+}
+
+func reply(w http.ResponseWriter, code int, answer []byte) {
 	w.Header().Set("content-type", "application/json")
 	w.WriteHeader(code)
 	_, _ = w.Write(answer)

@@ -25,7 +25,7 @@ func (c *Catalog) openAI(w http.ResponseWriter, r *http.Request, q *question) {
 		write(w, modelCalled(strings.TrimPrefix(r.URL.Path, "/v1/models/"), q))
 		return
 	}
-	names, err := models(r, q.endpoint)
+	names, err := c.models(r, q.endpoint)
 	if err != nil {
 		c.unavailable(w, r, q, err)
 		return
@@ -43,7 +43,7 @@ func (c *Catalog) openAI(w http.ResponseWriter, r *http.Request, q *question) {
 }
 
 // models are the names that the endpoint declares or, where it declares none, those that its server tells.
-func models(r *http.Request, e *segment.Endpoint) ([]string, error) {
+func (c *Catalog) models(r *http.Request, e *segment.Endpoint) ([]string, error) {
 	var names []string
 	for _, m := range e.Models {
 		names = append(append(names, m.Name), m.Aliases...)
@@ -52,7 +52,7 @@ func models(r *http.Request, e *segment.Endpoint) ([]string, error) {
 		return names, nil
 	}
 	var told struct{ Data []model }
-	if err := storeOf(e).get(r.Context(), "/v1/models", &told); err != nil {
+	if err := c.storeOf(e).get(r.Context(), "/v1/models", &told); err != nil {
 		return nil, err
 	}
 	for _, m := range told.Data {

@@ -5,11 +5,13 @@
 -- Names the resource that extract.go says the route has; extract.go says too what is left where.
 
 local ffi = require("ffi")
-local byte, sub, find, lower, match, format = string.byte, string.sub, string.find, string.lower, string.match, string.format
+local byte, sub, gsub, find, lower = string.byte, string.sub, string.gsub, string.find, string.lower
+local match, format = string.match, string.format
 
 local SPACE = "sallyport"
 local DEEPEST = 64        -- nesting of JSON
 local LONGEST_NAME = 256  -- bytes
+local MOST_STEPS = 400000 -- keys, values, commas and brackets of a body: a worker reads so many in tens of milliseconds
 local LONGEST_USAGE = 512 -- bytes behind the key that are put together from pieces
 
 -- What a byte is inside a JSON string: 0 plain, 1 the closing quote, 2 a backslash, 3 a control character, 4 UTF-8.
@@ -112,7 +114,10 @@ local function read_object(s, want)
   local i = past_space(s, 1)
   if not i then return nil, "no body" end
   if byte(s, i) ~= 123 then return nil, "a body that is not a JSON object" end
+  local steps = 0
   while i do
+    steps = steps + 1
+    if steps > MOST_STEPS then return nil, "too many values" end
     local c = byte(s, i)
     if expect == NOTHING then return nil, "bytes behind the end of the JSON object" end
     if expect == KEY or expect == FIRST_KEY then
@@ -124,8 +129,8 @@ local function read_object(s, want)
         local value = past_space(s, colon + 1)
         if depth == 1 then
           if escaped then return nil, "an escape in a key" end
-          local key = sub(s, i + 1, after - 2)
-          if lower(key) == want then
+          local key = after - i - 2 == #want and sub(s, i + 1, after - 2) -- no copy of what can't be it
+          if key and lower(key) == want then
             if found then return nil, 'more than one "' .. want .. '"' end
             if key ~= want then return nil, '"' .. key .. '" in place of "' .. want .. '"' end
             if not value or byte(s, value) ~= 34 then return nil, '"' .. want .. '" that is not a string' end
@@ -193,11 +198,18 @@ end
 
 local UUID = "^" .. ("%x"):rep(8):gsub("%%x", "[0-9a-f]") .. ("%-" .. ("[0-9a-f]"):rep(4)):rep(3) .. "%-" .. ("[0-9a-f]"):rep(12) .. "$"
 
+-- Whether all segments of a path have a name: none is empty, "." or "..".
+local function is_plain(path)
+  path = path .. "/"
+  return not (find(path, "//", 1, true) or find(path, "/./", 1, true) or find(path, "/../", 1, true))
+end
+
 -- Envoy's validator lets in whoever has several URI names, and any letters in them. Only one name that is a SPIFFE ID
 -- (X509-SVID, section 2; SPIFFE-ID, section 2) can't be taken for another caller or for a part of the question.
 local function has_spiffe_id(handle)
   local names = handle:streamInfo():downstreamSslConnection():uriSanPeerCertificate()
-  return #names == 1 and find(names[1], "^spiffe://[a-z0-9%._-]+/[%w%._/-]+$") ~= nil
+  local path = #names == 1 and match(names[1], "^spiffe://[a-z0-9%._-]+(/[%w%._/-]+)$")
+  return path and is_plain(path)
 end
 
 local function refuse(handle, status, why)
@@ -219,11 +231,18 @@ function envoy_on_request(handle)
   local name
   if from == "body" then
     -- A backend that decodes the body first reads another one, perhaps one that is JSON both ways.
-    if handle:headers():get("content-encoding") then return refuse(handle, 400, "an encoding") end
+    local headers = handle:headers()
+    if headers:get("content-encoding") then return refuse(handle, 400, "an encoding") end
+    local charset = lower(headers:get("content-type") or "")
+    if find(charset, "charset", 1, true) and find(gsub(charset, 'charset="?utf%-8"?', ""), "charset", 1, true) then
+      return refuse(handle, 400, "another charset than UTF-8")
+    end
     local body, why = handle:body(), "no body" -- the script may rest here: whatever it holds of Envoy is void behind it
     if body then name, why = read_object(body:getBytes(0, body:length()), key) end
     if not name then return refuse(handle, 400, why) end
-    if #name == 0 or #name > LONGEST_NAME or find(name, "%c") then return refuse(handle, 400, "a name that no resource has") end
+    if #name == 0 or #name > LONGEST_NAME or find(name, "%c") or not is_plain("/" .. name) then
+      return refuse(handle, 400, "a name that no resource has")
+    end
   elseif from ~= "nothing" then
     name = read_path(handle:headers():get(":path"), segment, rest)
     if not name or (from == "id" and not find(name, UUID)) then return end -- no resource is called like this: denied

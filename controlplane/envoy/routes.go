@@ -30,14 +30,24 @@ const (
 // RoutesName is the RDS resource of an endpoint.
 func RoutesName(e segment.EndpointName) string { return "endpoint/" + string(e) }
 
+var keyHeaders = []string{"authorization", "proxy-authorization", "x-api-key", "api-key", "x-chroma-token"}
+
+// overrideHeaders make some servers take a request for another one than it is, or for one of somebody else.
+var overrideHeaders = []string{
+	CallerHeader, EndpointHeader, RouteHeader, "forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip",
+	"x-forwarded-path", "x-forwarded-port", "x-forwarded-prefix", "x-forwarded-uri", "x-original-url", "x-rewrite-url", "x-accel-redirect",
+	"x-http-method", "x-http-method-override", "x-method-override",
+	"x-envoy-attempt-count", "x-envoy-degraded", "x-envoy-fault-abort-request", "x-envoy-immediate-health-check-fail",
+	"x-envoy-is-timeout-retry", "x-envoy-livenesscheck", "x-envoy-local-overloaded", "x-envoy-original-method", "x-envoy-peer-metadata",
+}
+
 func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 	host := &routev3.VirtualHost{
 		Name:    string(e.Name),
 		Domains: e.Hostnames,
 		// A caller is its certificate. Whatever key its SDK insists on is none of the backend's business, and
 		// whatever it says of where it comes from is no better.
-		RequestHeadersToRemove: []string{"authorization", "proxy-authorization", "x-api-key", "api-key", "x-chroma-token",
-			"forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", CallerHeader, EndpointHeader, RouteHeader},
+		RequestHeadersToRemove: slices.Concat(keyHeaders, overrideHeaders),
 	}
 	if e.Protocol == segment.OpenAI { // usage can't be read from an answer that is compressed
 		host.RequestHeadersToRemove = append(host.RequestHeadersToRemove, "accept-encoding")

@@ -3,9 +3,10 @@
 // It is for the pipeline, which follows a folder with Source, and for commands that work offline, with Read. It
 // takes *.yaml, *.yml and *.json of the folder itself and of its immediate subfolders, and a single file by any
 // name. Names that begin with a dot are left alone: the swap files of editors, and the folders behind a mounted
-// Kubernetes ConfigMap, whose files are symbolic links that are followed. It never leaves a file out that it
-// cannot read: an unreadable file is an unreadable document, of which v1alpha1.Assemble makes no configuration.
-// It never writes.
+// Kubernetes ConfigMap, whose files are symbolic links that are followed. It never leaves out what it cannot read:
+// an unreadable file is an unreadable document, of which v1alpha1.Assemble makes no configuration. So is anything by
+// any other name that it cannot look at, like a link that leads nowhere: it could be a subfolder of documents that
+// deny. It never writes.
 //
 // A file is best changed by renaming a new one over it. One that is written in place is read when it has been
 // quiet for a moment; should that be too soon, v1alpha1 refuses a text that is empty or ends within a line.
@@ -88,6 +89,8 @@ func read(path string, watch func(folder string)) []file {
 			}
 		case isDocument(name):
 			paths = append(paths, name)
+		case err != nil && !deleted(name):
+			bad = append(bad, unreadable(name, err))
 		}
 	}
 	files := append(readFiles(paths), bad...)
@@ -108,6 +111,12 @@ func entries(folder string, watch func(string)) ([]string, error) {
 	return names, err
 }
 
+// deleted reports whether a name is gone since its folder was read. A link that leads nowhere is still there.
+func deleted(path string) bool {
+	_, err := os.Lstat(path)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
 func isDocument(name string) bool {
 	switch filepath.Ext(name) {
 	case ".yaml", ".yml", ".json":
@@ -124,10 +133,8 @@ func readFiles(paths []string) []file {
 	left := maxBytes
 	for _, path := range paths {
 		text, err := readFile(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) && len(paths) > 1 {
-				continue // deleted since the folder was read; a dangling link is still there
-			}
+		if err != nil && len(paths) > 1 && deleted(path) {
+			continue
 		}
 		if err != nil {
 			files = append(files, unreadable(path, err))

@@ -109,6 +109,37 @@ func TestUnreadable(t *testing.T) {
 	}
 }
 
+// What cannot be looked at may have been a folder of documents that deny: it is not left out, whatever its name.
+func TestUnreadableFolder(t *testing.T) {
+	dir := t.TempDir()
+	write(t, workload("good"), dir, "good.yaml")
+	for from, to := range map[string]string{"team": "unmounted", "loop": "loop", "notes.txt": "nowhere",
+		".#good.yaml": "somebody@host.1234", "..data": "nowhere"} {
+		must(t, os.Symlink(to, filepath.Join(dir, from)))
+	}
+	if got, want := summary(Read(dir)), "good loop!unreadable notes.txt!unreadable team!unreadable"; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	write(t, workload("deny"), dir, "unmounted", "deny.yaml")
+	if got, want := summary(Read(dir)), "good loop!unreadable notes.txt!unreadable deny deny"; got != want {
+		t.Errorf("mounted: got  %s\nwant %s", got, want)
+	}
+}
+
+// A folder is unreadable to users who may not enter it.
+func TestForbiddenFolder(t *testing.T) {
+	if os.Getuid() == 0 {
+		t.Skip("root may look anywhere")
+	}
+	dir, hidden := t.TempDir(), filepath.Join(t.TempDir(), "hidden")
+	write(t, workload("deny"), hidden, "team", "deny.yaml")
+	must(t, os.Symlink(filepath.Join(hidden, "team"), filepath.Join(dir, "team")), os.Chmod(hidden, 0))
+	t.Cleanup(func() { must(t, os.Chmod(hidden, 0o755)) })
+	if got := summary(Read(dir)); got != "team!unreadable" {
+		t.Error(got)
+	}
+}
+
 // follow runs a source and returns a function that waits until its newest snapshot is as wanted.
 func follow(t testing.TB, path string) (wait func(want string) v1alpha1.Snapshot) {
 	return followEach(t, path, time.Hour)

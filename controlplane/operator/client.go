@@ -11,11 +11,14 @@ import (
 )
 
 // Client asks a running control plane.
-type Client struct{ http http.Client }
+type Client struct {
+	Warn func(string) // is told why an answer is not whole; nil: nobody is
+	http http.Client
+}
 
 // NewClient returns a client of the control plane at a Unix socket. It does not connect yet.
 func NewClient(socket string) *Client {
-	return &Client{http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	return &Client{http: http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	}}}}
 }
@@ -55,6 +58,9 @@ func (c *Client) Stream(ctx context.Context, path string, query url.Values) (io.
 			refused.Failure.Error = resp.Status
 		}
 		return nil, refused
+	}
+	if warning := resp.Header.Get(Warning); warning != "" && c.Warn != nil {
+		c.Warn(warning)
 	}
 	return resp.Body, nil
 }

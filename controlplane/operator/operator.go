@@ -8,6 +8,7 @@ package operator
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -59,6 +60,9 @@ type Generation struct {
 	Workloads int                 `json:"workloads"`
 	Grants    int                 `json:"grants"`
 }
+
+// Warning is the header of an answer that is not whole. Its value says why.
+const Warning = "x-sallyport-warning"
 
 // Failure is the body of every answer that is an error.
 type Failure struct {
@@ -127,7 +131,8 @@ func (s *Server) render(w http.ResponseWriter, _ *http.Request) {
 func (s *Server) flows(w http.ResponseWriter, r *http.Request) {
 	filter, err := filterOf(r)
 	if err != nil {
-		fail(w, http.StatusBadRequest, Failure{Error: err.Error()})
+		fail(w, http.StatusBadRequest, Failure{err.Error(),
+			"verdict is allowed, denied, refused or failed, since a time by RFC 3339, limit a number"})
 		return
 	}
 	follow := r.URL.Query().Get("follow") == "true"
@@ -136,7 +141,7 @@ func (s *Server) flows(w http.ResponseWriter, r *http.Request) {
 		live = s.Store.Follow(r.Context(), filter) // before asking for the past, so that nothing falls in between
 	}
 	past, err := s.Store.Flows(r.Context(), filter)
-	if err != nil && !errors.Is(err, store.ErrMemoryOnly) {
+	if err = warned(w, err); err != nil {
 		fail(w, http.StatusInternalServerError, Failure{Error: err.Error()})
 		return
 	}
@@ -160,16 +165,20 @@ func (s *Server) flows(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
+	if r.Context().Err() == nil { // the store gave this reader up, who was too slow: no clean end, as flows are missing
+		panic(http.ErrAbortHandler)
+	}
 }
 
 func (s *Server) traces(w http.ResponseWriter, r *http.Request) {
 	filter, err := filterOf(r)
 	if err != nil {
-		fail(w, http.StatusBadRequest, Failure{Error: err.Error()})
+		fail(w, http.StatusBadRequest, Failure{err.Error(),
+			"verdict is allowed, denied, refused or failed, since a time by RFC 3339, limit a number"})
 		return
 	}
 	traces, err := s.Store.Traces(r.Context(), filter)
-	if err != nil && !errors.Is(err, store.ErrMemoryOnly) {
+	if err = warned(w, err); err != nil {
 		fail(w, http.StatusInternalServerError, Failure{Error: err.Error()})
 		return
 	}
@@ -178,16 +187,25 @@ func (s *Server) traces(w http.ResponseWriter, r *http.Request) {
 
 func (s *Server) trace(w http.ResponseWriter, r *http.Request) {
 	trace, err := s.Store.Trace(r.Context(), r.PathValue("id"))
-	switch {
+	switch err = warned(w, err); {
 	case errors.Is(err, store.ErrNoTrace):
 		fail(w, http.StatusNotFound, Failure{"no trace begins with " + r.PathValue("id"), "list them with `sallyport traces`"})
 	case errors.Is(err, store.ErrAmbiguous):
 		fail(w, http.StatusConflict, Failure{"several traces begin with " + r.PathValue("id"), "give more of the id"})
-	case err != nil && !errors.Is(err, store.ErrMemoryOnly):
+	case err != nil:
 		fail(w, http.StatusInternalServerError, Failure{Error: err.Error()})
 	default:
 		answer(w, trace)
 	}
+}
+
+// warned makes of an error that comes with an answer from memory alone a warning, and returns every other.
+func warned(w http.ResponseWriter, err error) error {
+	if !errors.Is(err, store.ErrMemoryOnly) {
+		return err
+	}
+	w.Header().Set(Warning, err.Error())
+	return nil
 }
 
 func filterOf(r *http.Request) (telemetry.FlowFilter, error) {
@@ -196,17 +214,17 @@ func filterOf(r *http.Request) (telemetry.FlowFilter, error) {
 	var err error
 	if v := q.Get("verdict"); v != "" {
 		if f.Verdict, err = telemetry.ParseVerdict(v); err != nil {
-			return f, err
+			return f, fmt.Errorf("verdict: %w", err)
 		}
 	}
 	if v := q.Get("since"); v != "" {
 		if f.Since, err = time.Parse(time.RFC3339Nano, v); err != nil {
-			return f, err
+			return f, fmt.Errorf("since: %w", err)
 		}
 	}
 	if v := q.Get("limit"); v != "" {
 		if f.Limit, err = strconv.Atoi(v); err != nil {
-			return f, err
+			return f, fmt.Errorf("limit: %w", err)
 		}
 	}
 	return f, nil

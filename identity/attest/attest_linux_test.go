@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -29,6 +30,7 @@ const role = "ATTEST_TEST_ROLE"
 
 func TestMain(m *testing.M) {
 	if do := children[os.Getenv(role)]; do != nil {
+		runtime.LockOSThread() // here it is the first thread still, which "hide" needs
 		if err := do(); err != nil {
 			fmt.Println("error:", err)
 			os.Exit(1)
@@ -172,6 +174,28 @@ var children = map[string]func() error{
 		cmd.Stdin, cmd.Stdout, cmd.ExtraFiles = os.Stdin, os.Stdout, []*os.File{f}
 		return cmd.Start()
 	},
+	// hide: connect to args[1]; at a line of input end the first thread, but not the process. From then on nobody may
+	// read its program, as if it were another user's.
+	"hide": func() error {
+		if unix.Gettid() != os.Getpid() {
+			return errors.New("not the first thread")
+		}
+		if _, err := dial(os.Args[1]); err != nil {
+			return err
+		}
+		in := bufio.NewScanner(os.Stdin)
+		in.Scan()
+		go func() {
+			for err := error(nil); err == nil; runtime.Gosched() {
+				_, err = os.Readlink("/proc/self/exe")
+			}
+			fmt.Println("hidden")
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			os.Exit(0)
+		}()
+		_, _, errno := unix.Syscall(unix.SYS_EXIT, 0, 0, 0)
+		return errno
+	},
 	// stay: hold on to what was inherited until there is no more input.
 	"stay": func() error {
 		fmt.Println("staying")
@@ -245,6 +269,28 @@ func TestAnotherProgram(t *testing.T) {
 	}
 	if seen, err := p.look(true); err == nil || !strings.Contains(err.Error(), "another program") || seen != (Process{}) {
 		t.Errorf("got %+v, %v", seen, err)
+	}
+}
+
+func TestUnreadableProgram(t *testing.T) {
+	c, p := connection(t, "hide")
+	begun := p.exe
+	p.exe = nil // as if it had been unreadable
+	if seen, err := p.look(true); err == nil || seen != (Process{}) {
+		t.Errorf("readable only now: got %+v, %v", seen, err)
+	}
+	p.exe = begun
+	if got := c.ask(t); got != "hidden" {
+		t.Fatal(got)
+	}
+	if seen, err := p.look(true); err == nil || !strings.Contains(err.Error(), "another program") || seen != (Process{}) {
+		t.Errorf("unreadable only now: got %+v, %v", seen, err)
+	}
+	p.exe = nil
+	want := Process{PID: c.cmd.Process.Pid, UID: os.Getuid(), GID: os.Getgid()}
+	seen, err := p.look(true)
+	if want.User = seen.User; err != nil || seen != want {
+		t.Errorf("never readable: got %+v, %v", seen, err)
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 type process struct {
 	cred   *unix.Ucred
 	pidfd  *os.File
-	exe    fs.FileInfo // the program that it ran when it connected; nil if that may not be read
+	exe    fs.FileInfo // the program that it ran when it connected; nil if that could not be read
 	hashes *hashes
 }
 
@@ -66,7 +66,9 @@ func (p *process) begin(byPID bool) error {
 			return errors.New("its process has ended and another has its PID")
 		}
 	}
-	p.exe, _ = os.Stat(p.proc("exe")) // not readable: it gets no selectors of its program
+	// Not readable: it gets no selectors of its program. A control plane that is not root may read that of its own
+	// user's processes only.
+	p.exe, _ = os.Stat(p.proc("exe"))
 	return p.alive()
 }
 
@@ -76,11 +78,8 @@ func (p *process) look(hash bool) (Process, error) {
 	if u, err := user.LookupId(strconv.Itoa(seen.UID)); err == nil {
 		seen.User = u.Username
 	}
-	if exe, err := os.Stat(p.proc("exe")); err == nil && p.exe != nil {
-		// Else a process could ask and then become a trusted program, in whose name it would be answered.
-		if !os.SameFile(exe, p.exe) {
-			return Process{}, fmt.Errorf("attest caller: process %d runs another program than when it connected", seen.PID)
-		}
+	exe, unread := os.Stat(p.proc("exe"))
+	if unread == nil {
 		seen.Path = p.path(exe)
 		if hash {
 			seen.SHA256 = p.hashes.of(p.proc("exe"), exe)
@@ -88,6 +87,11 @@ func (p *process) look(hash bool) (Process, error) {
 	}
 	if err := p.alive(); err != nil {
 		return Process{}, fmt.Errorf("attest caller: %w", err)
+	}
+	// Else a process could ask and then become a trusted program, in whose name it would be answered. One whose program
+	// can be read no longer, or only now, is likely to have become a set-user-ID program, or to have been one.
+	if (unread == nil) != (p.exe != nil) || unread == nil && !os.SameFile(exe, p.exe) {
+		return Process{}, fmt.Errorf("attest caller: process %d runs another program than when it connected, or hides which", seen.PID)
 	}
 	return seen, nil
 }

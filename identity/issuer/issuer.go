@@ -91,9 +91,12 @@ func New(c Config) *Issuer {
 	return i
 }
 
-// Set puts entries in force in place of those before, and wakes everybody who waits for a change. The entries are
-// the issuer's from then on.
+// Set puts entries in force in place of those before, and wakes everybody who waits for a change; if they are equal to
+// those before, it does nothing. The entries are the issuer's from then on.
 func (i *Issuer) Set(entries []Entry) {
+	if slices.EqualFunc(i.state.Load().entries, entries, Entry.equal) {
+		return
+	}
 	s := &state{entries: entries, ids: make(map[spiffeid.ID]bool, len(entries)), changed: make(chan struct{})}
 	for _, e := range entries {
 		s.ids[e.ID] = true

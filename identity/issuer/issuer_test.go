@@ -143,6 +143,45 @@ func TestViewSaysWhenItChanges(t *testing.T) {
 	}
 }
 
+// Most generations change nothing here: nobody is woken, and attested again, for these.
+func TestEqualEntriesChangeNothing(t *testing.T) {
+	entries := func() []issuer.Entry {
+		app := entry("app", unix("uid:1000"), unix("path:/bin/app"))
+		app.DNSNames = []string{"app.internal"}
+		return []issuer.Entry{app, entry("db", unix("uid:1001"))}
+	}
+	for _, c := range []struct {
+		name   string
+		change func([]issuer.Entry) []issuer.Entry
+		want   bool
+	}{
+		{"nothing", func(e []issuer.Entry) []issuer.Entry { return e }, false},
+		{"ID", func(e []issuer.Entry) []issuer.Entry { e[1].ID = e[0].ID; return e }, true},
+		{"selector", func(e []issuer.Entry) []issuer.Entry { e[0].Selectors[1] = unix("path:/bin/b"); return e }, true},
+		{"name", func(e []issuer.Entry) []issuer.Entry { e[0].DNSNames[0] = "b.internal"; return e }, true},
+		{"lifetime", func(e []issuer.Entry) []issuer.Entry { e[1].TTL++; return e }, true},
+		{"order", func(e []issuer.Entry) []issuer.Entry { slices.Reverse(e); return e }, true},
+		{"one less", func(e []issuer.Entry) []issuer.Entry { return e[:1] }, true},
+	} {
+		i := newIssuer(t, seen("unix:uid:1000 unix:path:/bin/app"))
+		i.Set(entries())
+		view, err := i.Entitled(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		i.Set(c.change(entries()))
+		var changed bool
+		select {
+		case <-view.Changed:
+			changed = true
+		default:
+		}
+		if changed != c.want {
+			t.Errorf("%s: changed %t", c.name, changed)
+		}
+	}
+}
+
 // serials are the serial numbers of what a wallet holds.
 func serials(w *issuer.Wallet) []string {
 	var s []string

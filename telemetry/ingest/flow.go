@@ -1,7 +1,6 @@
 package ingest
 
 import (
-	"cmp"
 	"strings"
 	"time"
 
@@ -18,15 +17,13 @@ import (
 
 const (
 	rbacMetadata     = "envoy.filters.http.rbac" // what Envoy's RBAC filter says it did
-	ourMetadata      = "sallyport"               // what extraction, routes and the usage filters say
+	ourMetadata      = "sallyport"               // what extraction says of the request and of its answer
 	nameState        = "sallyport.name"          // filter state: the resource
 	defaultDeny      = "default-deny"
 	tagEndpoint      = "endpoint"
 	tagOperation     = "operation"
-	tagGeneration    = "generation"
 	tagTraceID       = "trace_id"
 	tagSpanID        = "span_id"
-	tagTraceparent   = "traceparent"
 	clientDisconnect = "downstream_remote_disconnect"
 )
 
@@ -38,11 +35,14 @@ func FlowOf(entry *accesslogv3.HTTPAccessLogEntry, node *corev3.Node) telemetry.
 	rbac := fields{common.GetMetadata().GetFilterMetadata()[rbacMetadata]}
 
 	f := flowOf(common, node)
+	f.Caller = callerOf(common)
 	f.ID = clip(req.GetRequestId(), maxName)
 	f.FirstByte = max(0, common.GetTimeToFirstUpstreamRxByte().AsDuration())
-	f.Endpoint = cmp.Or(f.Endpoint, segment.EndpointName(ours.text("endpoint")))
-	f.Operation = segment.Operation(cmp.Or(tag(common, tagOperation), ours.text("operation")))
+	f.Endpoint, f.Operation = segment.EndpointName(tag(common, tagEndpoint)), segment.Operation(tag(common, tagOperation))
 	f.Resource = resourceOf(common, ours)
+	if f.TraceID, _ = telemetry.ParseTraceID(tag(common, tagTraceID)); f.TraceID != "" {
+		f.SpanID, _ = telemetry.ParseSpanID(tag(common, tagSpanID))
+	}
 	f.InputTokens, f.OutputTokens = ours.count("input_tokens"), ours.count("output_tokens")
 
 	if m := req.GetRequestMethod(); m != corev3.RequestMethod_METHOD_UNSPECIFIED {
@@ -79,8 +79,7 @@ func RefusedOf(entry *accesslogv3.TCPAccessLogEntry, node *corev3.Node) (flow te
 	if why == "" {
 		return telemetry.Flow{}, false
 	}
-	f := flowOf(common, node)
-	f.Caller = spiffeid.ID{} // whoever it claimed to be has not been verified
+	f := flowOf(common, node) // without a caller: whoever it claimed to be has not been verified
 	f.ID = clip(common.GetStreamId(), maxName)
 	f.Verdict = telemetry.Refused
 	f.Detail = clip(why, maxText)
@@ -98,23 +97,11 @@ func flowOf(common *accesslogv3.AccessLogCommon, node *corev3.Node) telemetry.Fl
 	if took == nil {
 		took = common.GetDuration()
 	}
-	f := telemetry.Flow{
-		Time:       moment(common.GetStartTime()),
-		Duration:   max(0, took.AsDuration()),
-		Gateway:    segment.GatewayName(clip(node.GetId(), maxName)),
-		Caller:     callerOf(common),
-		Endpoint:   segment.EndpointName(tag(common, tagEndpoint)),
-		Generation: tag(common, tagGeneration),
+	return telemetry.Flow{
+		Time:     moment(common.GetStartTime()),
+		Duration: max(0, took.AsDuration()),
+		Gateway:  segment.GatewayName(clip(node.GetId(), maxName)),
 	}
-	f.TraceID, _ = telemetry.ParseTraceID(tag(common, tagTraceID))
-	if f.TraceID != "" {
-		f.SpanID, _ = telemetry.ParseSpanID(tag(common, tagSpanID))
-		return f
-	}
-	if parts := strings.Split(tag(common, tagTraceparent), "-"); len(parts) == 4 {
-		f.TraceID, _ = telemetry.ParseTraceID(parts[1]) // its parent-id is the caller's span, not ours
-	}
-	return f
 }
 
 // tag returns a custom tag of the log entry. Envoy writes "-" for a value that is missing.

@@ -179,7 +179,7 @@ func TestRecordsAreBounded(t *testing.T) {
 	long := strings.Repeat("é", 100_000)
 	e := entry(t, map[string]any{"enforced_engine_result": "denied"}, 403, long)
 	e.Request = &accesslogv3.HTTPRequestProperties{Path: "/" + long, RequestId: long}
-	e.CommonProperties.CustomTags = map[string]string{tagEndpoint: long, tagTraceID: long, tagGeneration: long}
+	e.CommonProperties.CustomTags = map[string]string{tagEndpoint: long, tagTraceID: long, tagOperation: long, tagSpanID: long}
 	e.CommonProperties.StartTime = &timestamppb.Timestamp{Seconds: 1 << 60}
 	f := FlowOf(e, &corev3.Node{Id: long})
 	data, err := json.Marshal(f)

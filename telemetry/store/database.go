@@ -106,7 +106,7 @@ func (d *database) prepare(ctx context.Context) error {
 		_, err := d.writer.ExecContext(ctx, fmt.Sprintf("BEGIN; %s; PRAGMA user_version = %d; COMMIT", schema, schemaVersion))
 		return err
 	}
-	return errOtherVersion
+	return fmt.Errorf("%w: %d, and this one writes %d", errOtherVersion, version, schemaVersion)
 }
 
 func (d *database) readLastSeq(ctx context.Context) error {
@@ -125,15 +125,30 @@ func (d *database) close() {
 	_ = d.writer.Close() // what was committed is in the write-ahead log
 }
 
-// putAside moves the file and what belongs to it away.
-func putAside(path string) (err error) {
-	for _, part := range []string{"", "-wal", "-shm"} {
-		_ = os.Remove(path + asideSuffix + part)
-		if e := os.Rename(path+part, path+asideSuffix+part); e != nil && !errors.Is(e, fs.ErrNotExist) {
+// parts are what SQLite adds to the name of a file, for all that belongs to it.
+var parts = [...]string{"", "-wal", "-shm"}
+
+// putAside moves the file and what belongs to it away, by a name that is not taken: ".broken", ".broken.1" and so on.
+func putAside(path string) (aside string, err error) {
+	aside = path + asideSuffix
+	for n := 1; taken(aside); n++ {
+		aside = fmt.Sprintf("%s%s.%d", path, asideSuffix, n)
+	}
+	for _, part := range parts {
+		if e := os.Rename(path+part, aside+part); e != nil && !errors.Is(e, fs.ErrNotExist) {
 			err = errors.Join(err, e)
 		}
 	}
-	return err
+	return aside, err
+}
+
+func taken(path string) bool {
+	for _, part := range parts {
+		if _, err := os.Lstat(path + part); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // isBroken reports whether the file is no database of ours, or no longer one.

@@ -164,10 +164,8 @@ func (s *Store) trace(ctx context.Context, id telemetry.TraceID) (telemetry.Trac
 			t.Flows = append(t.Flows, i.value)
 		}
 	}
-	for k, q := range spans {
-		if k := kind(k); k != flows {
-			below[k] = first(q.items)
-		}
+	for n, q := range spans {
+		below[gatewaySpans+kind(n)] = first(q.items)
 		for _, i := range q.items {
 			if i.value.TraceID == id {
 				t.Spans = append(t.Spans, i.value)
@@ -205,11 +203,15 @@ func (s *Store) Stats(ctx context.Context) Stats {
 	var out Stats
 	counts := [kinds]*Count{flows: &out.Flows, gatewaySpans: &out.Spans, applicationSpans: &out.Applications}
 	s.mu.Lock()
-	for k, c := range counts {
-		c.Waiting, c.Dropped = len(s.spans[k].items), s.spans[k].dropped+s.skipped[k].Load()
+	out.Flows.Waiting, out.Flows.Dropped = len(s.flows.items), s.flows.dropped
+	for n, q := range s.spans {
+		c := counts[gatewaySpans+kind(n)]
+		c.Waiting, c.Dropped = len(q.items), q.dropped
 	}
-	out.Flows.Waiting, out.Flows.Dropped = len(s.flows.items), s.flows.dropped+s.skipped[flows].Load()
 	s.mu.Unlock()
+	for k, c := range counts {
+		c.Dropped += s.skipped[k].Load()
+	}
 	err := s.read(ctx, func(db *database) error {
 		held, err := db.held(ctx, db.reader)
 		for k, c := range counts {
@@ -264,9 +266,6 @@ func where(f telemetry.FlowFilter, below int64) (string, []any) {
 	}
 	if !f.Since.IsZero() {
 		add("time >= ?", f.Since.UnixNano())
-	}
-	if !f.Until.IsZero() {
-		add("time < ?", f.Until.UnixNano())
 	}
 	return strings.Join(terms, " AND "), args
 }

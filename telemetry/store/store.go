@@ -3,7 +3,8 @@
 //
 // It is for the process that receives telemetry and answers questions about it. Traffic never waits for it: Add and
 // AddSpans touch memory only, whatever the disk does. When the file cannot be written the store goes on with what its
-// memory holds, tries again and again, and tells so once; when the file is broken it is put aside and a new one begun.
+// memory holds, tries again and again, and tells so once; when the file is broken, or of another version, it is put
+// aside and a new one begun; what was put aside is never deleted, and does not count towards the bounds.
 // It loses records only in ways that it counts. It is no audit log: it forgets what is old.
 package store
 
@@ -18,7 +19,7 @@ import (
 
 // Config says where and how much. Only Path is needed.
 type Config struct {
-	Path       string        // the database file; it and its "-wal", "-shm" and ".broken" siblings are the store's own
+	Path       string        // the database file; all whose names begin with its name are the store's own
 	MaxBytes   int64         // size of the file; 0: 512 MiB; at least 4 MiB
 	MaxAge     time.Duration // since a record was received; 0: 7 days
 	QueueBytes int64         // memory for records that are not written yet; 0: 32 MiB
@@ -43,6 +44,7 @@ const (
 	gatewaySpans
 	applicationSpans
 	kinds
+	spanKinds = kinds - gatewaySpans
 )
 
 // Store is made by New and run by Run. All methods may be called at any time from anywhere.
@@ -64,7 +66,7 @@ type Store struct {
 	mu        sync.Mutex
 	seq       int64 // of the record received last; also when that was, in microseconds, give or take
 	flows     queue[telemetry.Flow]
-	spans     [kinds]queue[telemetry.Span] // of the two kinds of spans
+	spans     [spanKinds]queue[telemetry.Span] // those of kind k at k-gatewaySpans
 	followers map[*Subscription]struct{}
 }
 
@@ -85,8 +87,9 @@ func New(cfg Config) *Store {
 	}
 	s := &Store{cfg: cfg, log: cfg.Log, wake: make(chan struct{}, 1), followers: map[*Subscription]struct{}{}}
 	s.flows.max = cfg.QueueBytes / 2
-	s.spans[gatewaySpans].max = cfg.QueueBytes / 4
-	s.spans[applicationSpans].max = cfg.QueueBytes / 4
+	for n := range s.spans {
+		s.spans[n].max = cfg.QueueBytes / 4
+	}
 	return s
 }
 
@@ -98,7 +101,9 @@ func (s *Store) Add(f telemetry.Flow) {
 	before := s.waitingNow()
 	s.flows.push(f.Seq, f, sizeOfFlow(f))
 	for sub := range s.followers {
-		sub.offer(f)
+		if !sub.offer(f) {
+			s.unfollow(sub)
+		}
 	}
 	s.nudge(before)
 	s.mu.Unlock()
@@ -114,7 +119,7 @@ func (s *Store) AddSpans(spans []telemetry.Span) {
 		if span.Source == telemetry.FromGateway {
 			k = gatewaySpans
 		}
-		s.spans[k].push(s.next(), span, sizeOfSpan(span))
+		s.spans[k-gatewaySpans].push(s.next(), span, sizeOfSpan(span))
 	}
 	s.nudge(before)
 }
@@ -141,7 +146,11 @@ func (s *Store) signal() {
 
 // waitingNow is how many records are not written yet; s.mu is held.
 func (s *Store) waitingNow() int {
-	return len(s.flows.items) + len(s.spans[gatewaySpans].items) + len(s.spans[applicationSpans].items)
+	n := len(s.flows.items)
+	for _, q := range s.spans {
+		n += len(q.items)
+	}
+	return n
 }
 
 // Stats say what the store holds and what it lost since it was made.

@@ -25,9 +25,10 @@ func (d *database) write(ctx context.Context, b *batch) error {
 			w.row(f, i.seq, f.TraceID, unixNano(f.Time), f.Verdict, f.Endpoint, f.Caller.String())
 		}
 		w.end()
-		for _, k := range []kind{gatewaySpans, applicationSpans} {
+		for n, items := range b.spans {
+			k := gatewaySpans + kind(n)
 			w.table(k, "INSERT OR IGNORE INTO "+tables[k]+" (id, trace_id, record) VALUES (?, ?, ?)")
-			for _, i := range b.spans[k] {
+			for _, i := range items {
 				w.row(i.value, i.seq, i.value.TraceID)
 			}
 			w.end()

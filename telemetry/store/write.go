@@ -115,12 +115,16 @@ func (s *Store) flush(ctx context.Context, db *database) error {
 // batch is what one transaction writes.
 type batch struct {
 	flows   []item[telemetry.Flow]
-	spans   [kinds][]item[telemetry.Span]
+	spans   [spanKinds][]item[telemetry.Span]
 	skipped [kinds]uint64 // set by the write
 }
 
 func (b *batch) rows() int {
-	return len(b.flows) + len(b.spans[gatewaySpans]) + len(b.spans[applicationSpans])
+	n := len(b.flows)
+	for _, items := range b.spans {
+		n += len(items)
+	}
+	return n
 }
 
 func (s *Store) batch() (b batch) {
@@ -183,13 +187,18 @@ func (s *Store) report(err error) {
 	}
 }
 
-// putAside moves a broken file away, in the place of an earlier one.
+// putAside moves a file away that is broken or of another version.
 func (s *Store) putAside(cause error) {
 	s.close()
-	if err := putAside(s.cfg.Path); err != nil {
+	aside, err := putAside(s.cfg.Path)
+	if err != nil {
 		cause = fmt.Errorf("%w; %w", cause, err)
 	}
-	s.log.Error("telemetry store is broken, a new one is begun", "path", s.cfg.Path, "moved_to", s.cfg.Path+asideSuffix, "error", cause)
+	message := "telemetry store is broken, a new one is begun"
+	if errors.Is(cause, errOtherVersion) {
+		message = "telemetry store is of another version, a new one is begun"
+	}
+	s.log.Error(message, "path", s.cfg.Path, "moved_to", aside, "error", cause)
 }
 
 func (s *Store) close() {

@@ -44,6 +44,13 @@ var ambiguous = []struct{ name, body string }{
 	{"name is an object", `{"model":{"model":"m"}}`},
 	{"no name", `{"messages":[]}`},
 	{"name deeper", `{"a":{"model":"m"}}`},
+	{"name that climbs", `{"model":"m/../other"}`},
+	{"name with an empty segment", `{"model":"m//other"}`},
+	{"too many values", `{"model":"m","a":[` + strings.Repeat("1,", 250_000) + `1]}`},
+	{"the wrong bracket", `{"model":"m","a":{]}`},
+	{"arrays and objects, 65 deep", `{"model":"m","a":` + strings.Repeat(`[{"a":`, 32) + "1" + strings.Repeat("}]", 32) + `}`},
+	{"half of a surrogate pair, then no half", `{"model":"m","a":"\ud800\ue000"}`},
+	{"escape with a sign", `{"model":"m","a":"\u+041"}`},
 	{"byte order mark", "\ufeff" + `{"model":"m"}`},
 	{"UTF-16", "\xff\xfe{\x00\"\x00m\x00"},
 	{"gzip", zipped(`{"model":"m"}`)},
@@ -104,6 +111,8 @@ var ambiguous = []struct{ name, body string }{
 
 // exactly are bodies that look odd and are plain JSON: they reach the backend as they are.
 var exactly = []struct{ name, body string }{
+	{"a number beyond float64", `{"model":"m","a":1e400}`},
+	{"keys that only look like it", "{\"model\":\"m\",\"\ufeffmodel\":\"o\",\"\u217fodel\":\"o\"}"},
 	{"plain", `{"model":"m"}`},
 	{"white space", " \t\r\n{ \"model\"\n:\t\"m\" , \"a\" : [ ] } \r\n"},
 	{"numbers", `{"model":"m","n":[0,-0,1e1,1E+1,1.50,-1.0e-5,123456789012345678901234567890]}`},
@@ -191,13 +200,23 @@ func TestEncodedBodies(t *testing.T) {
 	u, b := shared(t, "encoded")
 	for _, v := range []version{http1, http2} {
 		who := u.as(t, "/encoded", v)
-		for _, encoding := range []string{"gzip", "deflate", "br", "zstd", "x", "identity, gzip"} {
+		for _, encoding := range []string{"gzip", "deflate", "br", "zstd", "x", "identity", "identity, gzip"} {
 			a := who.send(t, request{host: hostOf("encoded"), path: "/v1/chat/completions", body: strings.NewReader(`{"model":"m"}`),
 				header: http.Header{"Content-Encoding": {encoding}}})
 			wantProblem(t, a, http.StatusBadRequest, "ambiguous_request")
 		}
 	}
-	if got := b.taken(); len(got) > 0 {
+	for charset, want := range map[string]int{
+		"application/json": 200, "application/json; charset=utf-8": 200, `application/json; Charset="UTF-8"`: 200,
+		"application/json; charset=utf-16le": 400, "application/json; charset=utf-8; charset=utf-7": 400, "text/plain; charset=utf-8, x; charset=ebcdic": 400,
+	} {
+		a := u.as(t, "/encoded", http1).send(t, request{host: hostOf("encoded"), path: "/v1/chat/completions", body: strings.NewReader(`{"model":"m"}`),
+			header: http.Header{"Content-Type": {charset}}})
+		if a.status != want {
+			t.Errorf("%s: %d, want %d", charset, a.status, want)
+		}
+	}
+	if got := b.taken(); len(got) != 3 {
 		t.Errorf("the backend was asked: %+v", got)
 	}
 }

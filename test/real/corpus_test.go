@@ -152,6 +152,11 @@ func ask(t *testing.T, u *up, callers map[string]*caller, e *segment.Endpoint, l
 			t.Errorf("%s: %+v got %v, want 400", l.Pos, r, a)
 		}
 		return judgement{}, true
+	case e.Protocol == segment.Chroma && r.Operation != segment.Enter && !expressible[e.Protocol].MatchString(r.Resource):
+		if a.status != http.StatusForbidden { // no collection is called like this, so its UUID is nobody's
+			t.Errorf("%s: %+v got %v, want 403", l.Pos, r, a)
+		}
+		return judgement{}, true
 	}
 	return judgement{l, a}, true
 }

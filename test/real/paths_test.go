@@ -185,13 +185,15 @@ func TestHeaders(t *testing.T) {
 		"X-Chroma-Token", "Proxy-Authorization", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "X-Request-Id", "X-Envoy-Original-Path", "X-Envoy-Internal",
 		"X-Envoy-External-Address", "X-Envoy-Upstream-Alt-Stat-Name", "X-Envoy-Decorator-Operation", "X-Envoy-Retry-On",
 		"X-Envoy-Force-Trace", "X-Envoy-Original-Host", "X-Envoy-Ip-Tags", "Forwarded", "X-Envoy-Downstream-Service-Cluster",
+		"X-Http-Method-Override", "X-Http-Method", "X-Method-Override", "X-Original-Url", "X-Rewrite-Url", "X-Accel-Redirect",
+		"X-Forwarded-Path", "X-Forwarded-Prefix", "X-Forwarded-Uri", "X-Forwarded-Port", "X-Envoy-Livenesscheck", "X-Envoy-Degraded",
+		"X-Envoy-Immediate-Health-Check-Fail", "X-Envoy-Attempt-Count", "X-Envoy-Original-Method", "X-Envoy-Peer-Metadata",
 	} {
 		hostile[name] = []string{mark}
 	}
 	for name, value := range map[string]string{
 		"X-Envoy-Max-Retries": "9", "X-Envoy-Upstream-Rq-Timeout-Ms": "1", "X-Envoy-Upstream-Rq-Per-Try-Timeout-Ms": "1",
 		"X-Envoy-Expected-Rq-Timeout-Ms": "1", "X-Envoy-Hedge-On-Per-Try-Timeout": "true", "X-Envoy-Upstream-Stream-Duration-Ms": "1",
-		"X-Http-Method-Override": "DELETE",
 	} {
 		hostile[name] = []string{value}
 	}
