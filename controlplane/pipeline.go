@@ -52,6 +52,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		cfg      *segment.Config // of the newest good documents; nil: none yet
 		problems segment.Problems
 		names    envoy.Names
+		noticed  time.Time // when the source noticed the newest documents; zero: something else has changed
 		next     time.Time // when time alone changes the policy; zero: never
 	)
 	clock := time.NewTicker(clockCheck)
@@ -59,8 +60,10 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	expiry := time.NewTimer(clockCheck)
 	defer expiry.Stop()
 	for {
+		noticed = time.Time{}
 		select {
 		case docs := <-p.Documents: // 1. someone edited something
+			noticed = docs.Noticed
 			var assembled segment.Config
 			if assembled, problems = v1alpha1.Assemble(docs.Documents, p.Options); len(problems) > 0 {
 				p.complain(problems)
@@ -90,7 +93,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		}
 		// Where nothing has changed that has an effect, nothing is pushed: only positions and the like are new.
 		if last := p.State().Generation; last == nil || last.Digest != g.Digest {
-			if err := p.publish(ctx, g); err != nil {
+			if err := p.publish(ctx, g, noticed); err != nil {
 				return err
 			}
 		}
@@ -98,14 +101,18 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	}
 }
 
-func (p *Pipeline) publish(ctx context.Context, g *Generation) error {
+func (p *Pipeline) publish(ctx context.Context, g *Generation, noticed time.Time) error {
 	for _, sink := range p.Sinks {
 		if err := sink.Publish(ctx, g); err != nil {
 			return fmt.Errorf("publish generation %s: %w", g.Digest.Short(), err)
 		}
 	}
-	p.Log.Info("generation published", "generation", g.Digest.Short(), "endpoints", len(g.Config.Endpoints),
-		"workloads", len(g.Config.Workloads), "grants", len(g.Config.Grants))
+	log := p.Log.With("generation", g.Digest.Short(), "endpoints", len(g.Config.Endpoints), "workloads", len(g.Config.Workloads),
+		"grants", len(g.Config.Grants))
+	if !noticed.IsZero() {
+		log = log.With("after", time.Since(noticed).Round(time.Millisecond)) // the change of a file was noticed
+	}
+	log.Info("generation published")
 	return nil
 }
 

@@ -7,7 +7,6 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
-	"sigs.k8s.io/yaml"
 )
 
 // Render writes the resources as JSON, one list for each discovery service, in Envoy's own field names.
@@ -21,15 +20,6 @@ func Render(r *Resources) (json.RawMessage, error) {
 		out[field] = append(out[field], text)
 	}
 	return json.Marshal(out)
-}
-
-// RenderYAML writes the same as YAML.
-func RenderYAML(r *Resources) ([]byte, error) {
-	text, err := Render(r)
-	if err != nil {
-		return nil, err
-	}
-	return yaml.JSONToYAML(text)
 }
 
 // All yields the resources and the field that each stands in.
