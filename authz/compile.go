@@ -67,15 +67,12 @@ type compiler struct {
 }
 
 func newCompiler(e *segment.Endpoint) *compiler {
-	c := &compiler{
+	return &compiler{
+		models:     e.ModelNames(),
 		operations: e.Protocol.Operations(),
 		about:      map[segment.Pattern][]int{},
 		classes:    map[string]*Class{},
 	}
-	for _, m := range e.Models {
-		c.models = append(append(c.models, m.Name), m.Aliases...)
-	}
-	return c
 }
 
 func (c *compiler) add(g *segment.Grant, to segment.Target) {

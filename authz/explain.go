@@ -71,10 +71,8 @@ func isImplied(o segment.Operation) bool { return o == segment.Discover || o == 
 
 // serves reports whether the endpoint can have the resource: where models are declared there are no others.
 func serves(cfg *segment.Config, r Request) bool {
-	i := slices.IndexFunc(cfg.Endpoints, func(e segment.Endpoint) bool { return e.Name == r.Endpoint })
-	return i < 0 || len(cfg.Endpoints[i].Models) == 0 || slices.ContainsFunc(cfg.Endpoints[i].Models, func(m segment.Model) bool {
-		return m.Name == r.Resource || slices.Contains(m.Aliases, r.Resource)
-	})
+	e := cfg.Endpoint(r.Endpoint)
+	return e == nil || len(e.Models) == 0 || slices.Contains(e.ModelNames(), r.Resource)
 }
 
 // unknown says what the configuration does not know.
@@ -83,18 +81,16 @@ func unknown(cfg *segment.Config, r Request) []string {
 	if !slices.ContainsFunc(cfg.Workloads, func(w segment.Workload) bool { return w.ID.String() == r.Caller }) {
 		notes = append(notes, "no workload has the SPIFFE ID "+r.Caller)
 	}
-	i := slices.IndexFunc(cfg.Endpoints, func(e segment.Endpoint) bool { return e.Name == r.Endpoint })
-	if i < 0 {
+	e := cfg.Endpoint(r.Endpoint)
+	if e == nil {
 		return append(notes, fmt.Sprintf("there is no endpoint %s; there are %s", r.Endpoint,
 			list(cfg.Endpoints, func(e segment.Endpoint) string { return string(e.Name) })))
 	}
-	e := &cfg.Endpoints[i]
 	if ops := e.Protocol.Operations(); slices.Contains(segment.Operations(), r.Operation) && !slices.Contains(ops, r.Operation) {
 		notes = append(notes, fmt.Sprintf("%s has no operation %s; it has %s", e.Protocol, r.Operation,
 			list(ops, func(o segment.Operation) string { return string(o) })))
 	}
-	known := func(m segment.Model) bool { return m.Name == r.Resource || slices.Contains(m.Aliases, r.Resource) }
-	if r.Resource != "" && len(e.Models) > 0 && !slices.ContainsFunc(e.Models, known) {
+	if r.Resource != "" && !serves(cfg, r) {
 		notes = append(notes, fmt.Sprintf("endpoint %s has no model %s; it has %s", e.Name, r.Resource,
 			list(e.Models, func(m segment.Model) string { return m.Name })))
 	}

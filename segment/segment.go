@@ -31,6 +31,16 @@ type Config struct {
 	Grants      []Grant
 }
 
+// Endpoint returns the endpoint of this name, or nil.
+func (c *Config) Endpoint(name EndpointName) *Endpoint {
+	for i := range c.Endpoints {
+		if c.Endpoints[i].Name == name {
+			return &c.Endpoints[i]
+		}
+	}
+	return nil
+}
+
 // Gateway is one Envoy in front of the endpoints.
 type Gateway struct {
 	Name   GatewayName
@@ -51,6 +61,15 @@ type Endpoint struct {
 	Models []Model
 	// Database is where a Chroma collection lives whose name says no more.
 	Database Database
+}
+
+// ModelNames are the names and aliases of all models, which then are all resources that there are; nil: unknown.
+func (e *Endpoint) ModelNames() []string {
+	var names []string
+	for i := range e.Models {
+		names = append(names, e.Models[i].Names()...)
+	}
+	return names
 }
 
 // Backend is one pool of equal servers.
@@ -95,6 +114,9 @@ type Database struct {
 	Tenant string
 	Name   string
 }
+
+// Names are the name and the aliases.
+func (m *Model) Names() []string { return append([]string{m.Name}, m.Aliases...) }
 
 // Workload is who may hold an identity, and how it is recognised.
 type Workload struct {

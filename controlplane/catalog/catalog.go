@@ -257,11 +257,7 @@ func (c *Catalog) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	q := &question{caller: r.Header.Get(envoy.CallerHeader), route: r.Header.Get(envoy.RouteHeader)}
 	q.generation, _ = c.current()
 	if q.generation != nil {
-		for i := range q.generation.Config.Endpoints {
-			if e := &q.generation.Config.Endpoints[i]; string(e.Name) == r.Header.Get(envoy.EndpointHeader) {
-				q.endpoint = e
-			}
-		}
+		q.endpoint = q.generation.Config.Endpoint(segment.EndpointName(r.Header.Get(envoy.EndpointHeader)))
 	}
 	if q.endpoint == nil || q.caller == "" {
 		http.Error(w, "no gateway asks like this", http.StatusForbidden)

@@ -44,10 +44,7 @@ func (c *Catalog) openAI(w http.ResponseWriter, r *http.Request, q *question) {
 
 // models are the names that the endpoint declares or, where it declares none, those that its server tells.
 func (c *Catalog) models(r *http.Request, e *segment.Endpoint) ([]string, error) {
-	var names []string
-	for _, m := range e.Models {
-		names = append(append(names, m.Name), m.Aliases...)
-	}
+	names := e.ModelNames()
 	if names != nil {
 		return names, nil
 	}

@@ -96,7 +96,7 @@ func modelPools(e *segment.Endpoint) []pool {
 			i = len(pools)
 			pools = append(pools, pool{cluster: cluster})
 		}
-		pools[i].models = append(append(pools[i].models, m.Name), m.Aliases...)
+		pools[i].models = append(pools[i].models, m.Names()...)
 	}
 	if pools == nil {
 		pools = []pool{{cluster: clusterName(e, allBackends(e))}}
