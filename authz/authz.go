@@ -43,6 +43,8 @@ type Policy struct {
 	Endpoints map[segment.EndpointName]*Endpoint
 	// NextChange is when time alone changes the policy: the first expiry after the moment of compilation; zero: never.
 	NextChange time.Time
+
+	origin origin
 }
 
 // Endpoint is the policy of one endpoint. A caller's class is that of its exact entry, else of the longest entry
@@ -52,6 +54,12 @@ type Endpoint struct {
 	Classes []*Class // distinct, sorted by ID
 	// Shadowed says whether any grant in Shadow mode speaks about this endpoint.
 	Shadowed bool
+
+	// What the next policy may take over.
+	models     []string
+	operations []segment.Operation
+	made       map[string]*Class // by the statements that each is made from; some are equal
+	distinct   map[string]*Class // by ID
 }
 
 // Class is what a set of callers may do at one endpoint: all callers with the same rights by the same rules.

@@ -19,12 +19,19 @@ import (
 // pattern that covers its resource. So it is enough to decide once at each pattern that some grant names, taking
 // all grants into account that cover this pattern; nothing is searched or compared when a request comes. Cost and
 // size are the number of patterns, not of grants × callers × resources.
-func Compile(cfg *segment.Config, now time.Time) *Policy {
-	p := &Policy{Endpoints: make(map[segment.EndpointName]*Endpoint, len(cfg.Endpoints))}
+func Compile(cfg *segment.Config, now time.Time) *Policy { return Recompile(nil, cfg, now) }
+
+// Recompile is Compile for one who has an earlier policy, or nil. The policy is the same; it is sooner made, and
+// classes that are as they were are the same pointers.
+func Recompile(last *Policy, cfg *segment.Config, now time.Time) *Policy {
+	if last == nil {
+		last = &Policy{}
+	}
+	p := &Policy{Endpoints: make(map[segment.EndpointName]*Endpoint, len(cfg.Endpoints)), origin: last.origin.next(cfg.Grants)}
 	compilers := make(map[segment.EndpointName]*compiler, len(cfg.Endpoints))
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
-		compilers[e.Name] = newCompiler(e)
+		compilers[e.Name] = newCompiler(e, last.Endpoints[e.Name])
 	}
 	for i := range cfg.Grants {
 		g := &cfg.Grants[i]
@@ -36,9 +43,9 @@ func Compile(cfg *segment.Config, now time.Time) *Policy {
 				p.NextChange = g.Expires
 			}
 		}
-		for _, to := range g.To {
+		for n, to := range g.To {
 			if c := compilers[to.Endpoint]; c != nil {
-				c.add(g, to)
+				c.add(g, to, statementID{p.origin.ids[i], n})
 			}
 		}
 	}
@@ -48,8 +55,38 @@ func Compile(cfg *segment.Config, now time.Time) *Policy {
 	return p
 }
 
+// origin is what a policy was compiled from: the grants, and for each of them a number that an equal grant of an
+// earlier policy had, too.
+type origin struct {
+	grants []segment.Grant // sorted by name
+	ids    []int
+	unused int // the first number that no grant has had
+}
+
+// next numbers the grants of the policy that follows.
+func (o origin) next(grants []segment.Grant) origin {
+	n := origin{grants: grants, ids: make([]int, len(grants)), unused: o.unused}
+	before := 0
+	for i := range grants {
+		for before < len(o.grants) && o.grants[before].Name < grants[i].Name {
+			before++
+		}
+		if before < len(o.grants) && o.grants[before].Says(&grants[i]) {
+			n.ids[i] = o.ids[before]
+			continue
+		}
+		n.ids[i] = n.unused
+		n.unused++
+	}
+	return n
+}
+
+// statementID names one target of one grant, for as long as the grant says the same.
+type statementID struct{ grant, target int }
+
 // statement is one grant's word about one endpoint. A grant that names the endpoint twice makes two.
 type statement struct {
+	id         statementID
 	rule       Rule
 	deny       bool
 	shadow     bool
@@ -62,22 +99,32 @@ type compiler struct {
 	operations []segment.Operation
 	statements []statement               // in the order of the grants' names
 	about      map[segment.Pattern][]int // caller → the statements that name it
-	classes    map[string]*Class         // by the statements that it is made from
+	families   []int                     // lengths of the stems of the callers that are prefixes
+	before     map[string]*Class         // the classes of an earlier policy, by the statements that they are made from
+	distinct   map[string]*Class         // and by their IDs
+	classes    map[string]*Class
 	shadowed   bool
 }
 
-func newCompiler(e *segment.Endpoint) *compiler {
-	return &compiler{
+func newCompiler(e *segment.Endpoint, last *Endpoint) *compiler {
+	c := &compiler{
 		models:     e.ModelNames(),
 		operations: e.Protocol.Operations(),
 		about:      map[segment.Pattern][]int{},
 		classes:    map[string]*Class{},
 	}
+	if last != nil && slices.Equal(last.models, c.models) && slices.Equal(last.operations, c.operations) {
+		c.before, c.distinct = last.made, last.distinct
+		c.about = make(map[segment.Pattern][]int, last.Members.Len())
+		c.classes = make(map[string]*Class, len(last.made))
+	}
+	return c
 }
 
-func (c *compiler) add(g *segment.Grant, to segment.Target) {
+func (c *compiler) add(g *segment.Grant, to segment.Target, id statementID) {
 	n := len(c.statements)
 	c.statements = append(c.statements, statement{
+		id:         id,
 		rule:       RuleOf(g.Name),
 		deny:       g.Effect != segment.Allow,
 		shadow:     g.Mode != segment.Enforce,
@@ -86,8 +133,13 @@ func (c *compiler) add(g *segment.Grant, to segment.Target) {
 	})
 	c.shadowed = c.shadowed || g.Mode != segment.Enforce
 	for _, from := range g.From {
-		if named := c.about[from.Pattern()]; len(named) == 0 || named[len(named)-1] != n {
-			c.about[from.Pattern()] = append(named, n)
+		p := from.Pattern()
+		named := c.about[p]
+		if len(named) == 0 || named[len(named)-1] != n {
+			c.about[p] = append(named, n)
+		}
+		if length := len(p.Stem()); p.IsPrefix() && !slices.Contains(c.families, length) {
+			c.families = append(c.families, length)
 		}
 	}
 }
@@ -107,38 +159,46 @@ func (c *compiler) known(patterns []segment.Pattern) []segment.Pattern {
 }
 
 func (c *compiler) compile() *Endpoint {
-	e := &Endpoint{Shadowed: c.shadowed}
+	e := &Endpoint{Shadowed: c.shadowed, models: c.models, operations: c.operations}
 	members := make(map[segment.Pattern]*Class, len(c.about))
-	distinct := map[string]*Class{}
+	distinct := make(map[string]*Class, len(c.before))
 	for caller := range c.about {
 		class := c.class(caller)
-		if same := distinct[class.ID]; same != nil {
+		if same := cmp.Or(distinct[class.ID], c.distinct[class.ID]); same != nil {
 			class = same
 		}
 		distinct[class.ID] = class
 		members[caller] = class
 	}
-	e.Members = NewTable(members)
+	e.Members, e.made, e.distinct = NewTable(members), c.classes, distinct
 	e.Classes = slices.SortedFunc(maps.Values(distinct), func(a, b *Class) int { return cmp.Compare(a.ID, b.ID) })
 	return e
 }
 
 // class returns the class of everybody who falls to this caller pattern.
 func (c *compiler) class(caller segment.Pattern) *Class {
-	covering := slices.Clone(c.about[caller])
+	covering := slices.Clip(c.about[caller])
 	stem := caller.Stem()
-	for i := range len(stem) { // the shorter prefixes: "spiffe://td/a/*", "spiffe://td/*"
-		if stem[i] == '/' && i+1 < len(stem) {
-			covering = append(covering, c.about[segment.Pattern(stem[:i+1]+"*")]...)
+	for _, n := range c.families { // the shorter prefixes: "spiffe://td/a/*", "spiffe://td/*"
+		if n < len(stem) {
+			covering = append(covering, c.about[segment.Pattern(stem[:n]+"*")]...)
 		}
 	}
-	slices.Sort(covering)
-	covering = slices.Compact(covering)
+	if len(covering) > 1 {
+		slices.Sort(covering)
+		covering = slices.Compact(covering)
+	}
 	var key []byte
 	for _, n := range covering {
-		key = append(strconv.AppendInt(key, int64(n), 36), ' ')
+		id := c.statements[n].id
+		key = append(strconv.AppendInt(key, int64(id.grant), 36), '.')
+		key = append(strconv.AppendInt(key, int64(id.target), 36), ' ')
 	}
 	if class := c.classes[string(key)]; class != nil {
+		return class
+	}
+	if class := c.before[string(key)]; class != nil {
+		c.classes[string(key)] = class
 		return class
 	}
 	statements := make([]*statement, len(covering))

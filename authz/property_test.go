@@ -2,6 +2,7 @@ package authz_test
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -241,6 +242,54 @@ func TestOrderOfGrantsHasNoMeaning(t *testing.T) {
 			}
 		}
 	})
+}
+
+func sameTable(a, b authz.Table[authz.Leaf]) bool {
+	return maps.Equal(maps.Collect(a.All()), maps.Collect(b.All()))
+}
+
+// Whatever was compiled before, the policy is the one that is compiled from nothing, and what is as it was is kept.
+func TestRecompile(t *testing.T) {
+	kept := 0
+	rapid.Check(t, func(t *rapid.T) {
+		var last *authz.Policy
+		grants := corpus.Grants().Draw(t, "grants")
+		for step := range rapid.IntRange(2, 4).Draw(t, "edits") {
+			cfg, now := corpus.Assemble(t, append(corpus.Endpoints(), grants...)), moment(t)
+			fresh, policy := authz.Compile(&cfg, now), authz.Recompile(last, &cfg, now)
+			for name, want := range fresh.Endpoints {
+				got := policy.Endpoints[name]
+				equal := func(a, b *authz.Class) bool {
+					return a.ID == b.ID && maps.EqualFunc(a.Enforced, b.Enforced, sameTable) && maps.EqualFunc(a.Shadow, b.Shadow, sameTable)
+				}
+				if !slices.EqualFunc(got.Classes, want.Classes, equal) || got.Shadowed != want.Shadowed ||
+					!maps.EqualFunc(maps.Collect(got.Members.All()), maps.Collect(want.Members.All()), equal) {
+					t.Fatalf("another policy of %s: %+v, not %+v", name, got, want)
+				}
+				if last == nil {
+					continue
+				}
+				for _, class := range got.Classes {
+					for _, before := range last.Endpoints[name].Classes {
+						if before.ID == class.ID && before != class {
+							t.Fatalf("class %s of %s is another pointer", class.ID, name)
+						} else if before == class {
+							kept++
+						}
+					}
+				}
+			}
+			if !policy.NextChange.Equal(fresh.NextChange) {
+				t.Fatalf("changes at %s, not %s", policy.NextChange, fresh.NextChange)
+			}
+			last = policy
+			grants = append(grants[min(len(grants), rapid.IntRange(0, 2).Draw(t, "removed")):],
+				corpus.Grant(fmt.Sprintf("a%d", step), "Allow", "Enforce").Draw(t, "more"))
+		}
+	})
+	if kept == 0 {
+		t.Error("nothing is ever kept")
+	}
 }
 
 func TestOneGrantMore(t *testing.T) {

@@ -7,6 +7,7 @@ package segment
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -145,6 +146,15 @@ type Grant struct {
 	// Expires is the first moment at which the grant no longer holds; zero: it never ends.
 	Expires time.Time
 	Pos     Pos // where the user wrote it
+}
+
+// Says reports whether the other grant says the same; where it stands does not matter.
+func (g *Grant) Says(other *Grant) bool {
+	return g.Name == other.Name && g.Effect == other.Effect && g.Mode == other.Mode && g.Expires.Equal(other.Expires) &&
+		slices.Equal(g.From, other.From) &&
+		slices.EqualFunc(g.To, other.To, func(a, b Target) bool {
+			return a.Endpoint == b.Endpoint && slices.Equal(a.Operations, b.Operations) && slices.Equal(a.Resources, b.Resources)
+		})
 }
 
 // Target is a set of operations on a set of resources of one endpoint.
