@@ -11,8 +11,6 @@ import (
 	"fmt"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-
 	"sallyport.dev/authz"
 	"sallyport.dev/controlplane/envoy"
 	"sallyport.dev/segment"
@@ -36,9 +34,18 @@ type Generation struct {
 
 // Generate makes and checks a generation. An error is a defect of ours, not of the user's documents.
 func Generate(cfg segment.Config, names envoy.Names, now time.Time) (*Generation, error) {
-	g := &Generation{Config: cfg, Policy: authz.Compile(&cfg, now), Names: names, Made: now}
-	g.Resources = envoy.Lower(&cfg, g.Policy, names)
-	if err := envoy.Check(g.Resources); err != nil {
+	return Regenerate(nil, cfg, names, now)
+}
+
+// Regenerate is Generate for one who has an earlier generation, or nil. What it makes is the same; it is sooner made,
+// because what did not change is taken over.
+func Regenerate(last *Generation, cfg segment.Config, names envoy.Names, now time.Time) (*Generation, error) {
+	if last == nil {
+		last = &Generation{}
+	}
+	g := &Generation{Config: cfg, Policy: authz.Recompile(last.Policy, &cfg, now), Names: names, Made: now}
+	g.Resources = envoy.Relower(last.Resources, &cfg, g.Policy, names)
+	if err := envoy.Recheck(last.Resources, g.Resources); err != nil {
 		return nil, fmt.Errorf("check what was lowered: %w", err)
 	}
 	g.Digest = digest(g)
@@ -49,12 +56,7 @@ func Generate(cfg segment.Config, names envoy.Names, now time.Time) (*Generation
 func digest(g *Generation) Digest {
 	h := sha256.New()
 	for field, m := range g.Resources.All() {
-		b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
-		if err != nil {
-			panic("encode a resource that has been encoded before: " + err.Error())
-		}
-		fmt.Fprintf(h, "%s %d ", field, len(b))
-		h.Write(b)
+		fmt.Fprintf(h, "%s %s\n", field, g.Resources.Version(m))
 	}
 	for _, w := range g.Config.Workloads {
 		fmt.Fprintf(h, "%q %q %q\n", w.Name, w.ID, w.Selectors)

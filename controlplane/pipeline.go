@@ -82,7 +82,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		if cfg == nil {
 			continue
 		}
-		g, err := Generate(*cfg, names, time.Now())
+		g, err := Regenerate(p.State().Generation, *cfg, names, time.Now())
 		if err != nil {
 			p.Log.Error("generation refused", "error", err)
 			p.state.Store(&State{Generation: p.State().Generation, Problems: problems, Failure: err.Error()})

@@ -1,6 +1,7 @@
 package envoy
 
 import (
+	"slices"
 	"strings"
 
 	xdscorev3 "github.com/cncf/xds/go/xds/core/v3"
@@ -40,9 +41,15 @@ const (
 	stateRequest  = "sallyport.request"
 )
 
-// Above this many leaves, written out for each caller, callers with equal rights are put into classes. One more
-// look-up per request then keeps apps × models from multiplying out.
-const maxWrittenOut = 20000
+// limits say in what form rights are lowered.
+type limits struct {
+	writtenOut int // above this many leaves, written out for each caller, callers with equal rights are put into classes
+	saves      int // if that makes so many times fewer. One more look-up then keeps apps × models from multiplying out
+	shard      int // above this many, rights are kept apart in several resources
+}
+
+// A shard of this size takes some ten milliseconds of Envoy's main thread.
+var defaultLimits = limits{writtenOut: 20000, saves: 4, shard: 2000}
 
 // MembersName is the ECDS resource that puts an endpoint's callers into classes.
 func MembersName(e segment.EndpointName) string { return "authz/" + string(e) + "/members" }
@@ -53,31 +60,60 @@ func NamesName(e segment.EndpointName) string { return "authz/" + string(e) + "/
 // RightsName is the ECDS resource that decides at an endpoint.
 func RightsName(e segment.EndpointName) string { return "authz/" + string(e) + "/rights" }
 
-func authorization(e *segment.Endpoint, policy *authz.Endpoint, names map[string]string) []*corev3.TypedExtensionConfig {
+func (r *Resources) authorization(e *segment.Endpoint, policy *authz.Endpoint, names map[string]string) []*corev3.TypedExtensionConfig {
 	if policy == nil {
 		policy = &authz.Endpoint{}
 	}
-	classes := useClasses(policy)
+	all := membersOf(policy)
+	from := origin{members: all, shadowed: policy.Shadowed, classes: r.limits.useClasses(policy, all)}
 	extensions := []*corev3.TypedExtensionConfig{
-		extension(MembersName(e.Name), members(policy, classes)),
-		extension(RightsName(e.Name), rights(policy, classes)),
+		r.extension(MembersName(e.Name), from, func() proto.Message { return members(from) }),
 	}
 	if addressesByID(e.Protocol) {
 		extensions = append(extensions, extension(NamesName(e.Name), resolve(names)))
 	}
+	if from.classes || weight(all) <= r.limits.shard {
+		return append(extensions, r.extension(RightsName(e.Name), from, func() proto.Message { return rights(policy, from) }))
+	}
+	r.shards[e.Name] = r.limits.split(all, "", nil, nil)
+	for _, s := range r.shards[e.Name] {
+		part := origin{members: s.members, shadowed: from.shadowed}
+		extensions = append(extensions, r.extension(s.name(e.Name), part, func() proto.Message { return rights(policy, part) }))
+	}
 	return extensions
 }
 
+// origin is what one resource is made of.
+type origin struct {
+	members           []member
+	classes, shadowed bool
+}
+
+type made struct {
+	from origin
+	it   *corev3.TypedExtensionConfig
+}
+
+// extension makes a resource, unless it has been made before of the same.
+func (r *Resources) extension(name string, from origin, make func() proto.Message) *corev3.TypedExtensionConfig {
+	before, ok := r.before[name]
+	if !ok || before.from.shadowed != from.shadowed || before.from.classes != from.classes || !slices.Equal(before.from.members, from.members) {
+		before = made{from, extension(name, make())}
+	}
+	r.made[name] = before
+	return before.it
+}
+
 // useClasses decides by size alone.
-func useClasses(policy *authz.Endpoint) bool {
-	written, classed := 0, 0
-	for _, class := range policy.Members.All() {
-		written += leaves(class)
+func (l limits) useClasses(policy *authz.Endpoint, members []member) bool {
+	written, classed := weight(members), 0
+	if written <= l.writtenOut {
+		return false
 	}
 	for _, class := range policy.Classes {
 		classed += leaves(class)
 	}
-	return written > maxWrittenOut && classed*4 < written
+	return classed*l.saves < written
 }
 
 func leaves(c *authz.Class) (n int) {
@@ -88,13 +124,17 @@ func leaves(c *authz.Class) (n int) {
 }
 
 // members is the filter that sets the class.
-func members(policy *authz.Endpoint, classes bool) proto.Message {
-	if !classes {
+func members(from origin) proto.Message {
+	if !from.classes {
 		return setState(state{stateClass, "%DOWNSTREAM_PEER_URI_SAN%"})
 	}
 	exact, prefix := branches{}, branches{}
-	for caller, class := range policy.Members.All() {
-		exact.or(prefix, caller)[caller.Stem()] = runFilter(setState(state{stateClass, class.ID}))
+	set := map[*authz.Class]*matcherv3.Matcher_OnMatch{}
+	for _, m := range from.members {
+		if set[m.class] == nil {
+			set[m.class] = runFilter(setState(state{stateClass, m.class.ID}))
+		}
+		exact.or(prefix, m.caller)[m.caller.Stem()] = set[m.class]
 	}
 	return matched(exactly(callerInput(), exact, longest(callerInput(), prefix, nil)))
 }
@@ -109,30 +149,30 @@ func resolve(names map[string]string) proto.Message {
 }
 
 // rights is the RBAC filter that answers the question.
-func rights(policy *authz.Endpoint, classes bool) proto.Message {
-	filter := &rbacv3.RBAC{Matcher: decisions(policy, classes, func(c *authz.Class) authz.Rights { return c.Enforced })}
-	if policy.Shadowed {
-		filter.ShadowMatcher = decisions(policy, classes, func(c *authz.Class) authz.Rights { return c.Shadow })
+func rights(policy *authz.Endpoint, from origin) proto.Message {
+	filter := &rbacv3.RBAC{Matcher: decisions(policy, from, func(c *authz.Class) authz.Rights { return c.Enforced })}
+	if from.shadowed {
+		filter.ShadowMatcher = decisions(policy, from, func(c *authz.Class) authz.Rights { return c.Shadow })
 	}
 	return filter
 }
 
-func decisions(policy *authz.Endpoint, classes bool, of func(*authz.Class) authz.Rights) *matcherv3.Matcher {
+func decisions(policy *authz.Endpoint, from origin, of func(*authz.Class) authz.Rights) *matcherv3.Matcher {
 	exact, prefix, below := branches{}, branches{}, branches{}
 	ends := endings{}
-	if classes {
+	if from.classes {
 		for _, class := range policy.Classes {
 			ends.add(exact, prefix, "="+class.ID+"|", of(class))
 		}
 	} else {
-		for caller, class := range policy.Members.All() {
-			if !caller.IsPrefix() {
-				ends.add(exact, prefix, "="+string(caller)+"|", of(class))
+		for _, m := range from.members {
+			if !m.caller.IsPrefix() {
+				ends.add(exact, prefix, "="+string(m.caller)+"|", of(m.class))
 				continue
 			}
 			requests, families := branches{}, branches{}
-			ends.add(requests, families, "", of(class))
-			below[caller.Stem()] = &matcherv3.Matcher_OnMatch{OnMatch: &matcherv3.Matcher_OnMatch_Matcher{
+			ends.add(requests, families, "", of(m.class))
+			below[m.caller.Stem()] = &matcherv3.Matcher_OnMatch{OnMatch: &matcherv3.Matcher_OnMatch_Matcher{
 				Matcher: orDeny(exactly(stateInput(stateRequest), requests, longest(stateInput(stateRequest), families, nil)))}}
 		}
 	}

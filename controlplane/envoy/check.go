@@ -11,13 +11,17 @@ import (
 	xdscorev3 "github.com/cncf/xds/go/xds/core/v3"
 	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	rbacconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	commonmatchingv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/matching/v3"
+	compositev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/composite/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	sslinputv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/ssl/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -29,7 +33,10 @@ import (
 
 // Check reads what was lowered once more, knowing nothing of how it came about, and returns everything that would
 // open something or break something. What does not pass is never published.
-func Check(r *Resources) error {
+func Check(r *Resources) error { return Recheck(nil, r) }
+
+// Recheck is Check for one who has earlier resources that have passed, or nil: extensions that both share are not read again.
+func Recheck(passed, r *Resources) error {
 	c := &checker{
 		clusters:    map[string]bool{CatalogCluster: true},
 		assignments: map[string]*endpointv3.ClusterLoadAssignment{},
@@ -54,7 +61,16 @@ func Check(r *Resources) error {
 	for _, x := range r.Routes {
 		c.route(x)
 	}
+	known := map[*corev3.TypedExtensionConfig]bool{}
+	if passed != nil {
+		for _, x := range passed.Extensions {
+			known[x] = true
+		}
+	}
 	for _, x := range r.Extensions {
+		if known[x] {
+			continue
+		}
 		c.at = "extension " + x.Name
 		held, err := x.GetTypedConfig().UnmarshalNew()
 		if err != nil {
@@ -63,7 +79,7 @@ func Check(r *Resources) error {
 		}
 		c.opened = map[string]map[string]proto.Message{}
 		c.everywhere(held)
-		if strings.HasSuffix(x.Name, "/rights") {
+		if parts := strings.SplitN(x.Name, "/", 4); len(parts) > 2 && parts[2] == "rights" {
 			c.rights(held)
 		}
 	}
@@ -200,9 +216,10 @@ func (c *checker) downstream(socket *anypb.Any) {
 // prepare the question, in its order, and directly before the router, which comes last.
 func (c *checker) filters(endpoint segment.EndpointName, filters []*hcmv3.HttpFilter) {
 	n := len(filters)
-	if n < 2 || !filters[n-1].GetTypedConfig().MessageIs(&routerv3.Router{}) ||
-		filters[n-2].Name != RightsName(endpoint) || filters[n-2].GetConfigDiscovery() == nil {
+	if n < 2 || !filters[n-1].GetTypedConfig().MessageIs(&routerv3.Router{}) || filters[n-2].Name != RightsName(endpoint) {
 		c.wrong("does not decide directly before it forwards")
+	} else if filters[n-2].GetConfigDiscovery() == nil {
+		c.chooses(endpoint, filters[n-2].GetTypedConfig())
 	}
 	order := []string{bodyFilter, extractFilter, judgedFilter, MembersName(endpoint), questionFilter, RightsName(endpoint), routerFilter}
 	if c.extensions[NamesName(endpoint)] {
@@ -242,6 +259,54 @@ func (c *checker) rights(held proto.Message) {
 	c.decides(rbac.Matcher)
 	if rbac.ShadowMatcher != nil {
 		c.decides(rbac.ShadowMatcher)
+	}
+}
+
+// chooses demands that a caller is led to one of this endpoint's rights by its own name, and everybody else to the default deny.
+func (c *checker) chooses(endpoint segment.EndpointName, filter *anypb.Any) {
+	choice := &commonmatchingv3.ExtensionWithMatcher{}
+	if !c.unpack(filter, choice) {
+		return
+	}
+	if !choice.GetExtensionConfig().GetTypedConfig().MessageIs(&compositev3.Composite{}) {
+		c.wrong("runs something else than what it chooses")
+	}
+	tree := choice.GetXdsMatcher().GetMatcherTree()
+	if !tree.GetInput().GetTypedConfig().MessageIs(&sslinputv3.UriSanInput{}) {
+		c.wrong("chooses by something else than the caller")
+	}
+	run := func(on *matcherv3.Matcher_OnMatch) *compositev3.ExecuteFilterAction {
+		opened, _, err := c.open(on.GetAction().GetTypedConfig())
+		action, ok := opened.(*compositev3.ExecuteFilterAction)
+		if !ok || on.KeepMatching {
+			c.wrong("is not what it should be: %v", cmp.Or(err, errors.New("no ExecuteFilterAction that is the end")))
+			return nil
+		}
+		if action.SamplePercent != nil || action.FilterChain != nil || action.FilterChainName != "" {
+			c.wrong("may run something else than rights")
+		}
+		return action
+	}
+	prefixes := tree.GetPrefixMatchMap().GetMap()
+	if len(prefixes) == 0 {
+		c.wrong("chooses nothing")
+	}
+	for prefix, branch := range prefixes {
+		dynamic := run(branch).GetDynamicConfig()
+		kind, ok := strings.CutPrefix(dynamic.GetName(), RightsName(endpoint)+"/")
+		if !ok || !c.extensions[dynamic.GetName()] || kind != "all/"+prefix && kind != "rest/"+prefix {
+			c.wrong("leads %q to %q, which does not exist or is another's", prefix, dynamic.GetName())
+		}
+		if !proto.Equal(dynamic.GetConfigDiscovery(), deniesUntil()) {
+			c.wrong("leads %q to something that is open until it has come, or is no RBAC", prefix)
+		}
+	}
+	deny := &rbacv3.RBAC{}
+	if c.unpack(run(choice.GetXdsMatcher().GetOnNoMatch()).GetTypedConfig().GetTypedConfig(), deny) {
+		if deny.Matcher.GetMatcherType() != nil {
+			c.wrong("does not end in the default deny")
+		}
+		c.rights(deny)
 	}
 }
 

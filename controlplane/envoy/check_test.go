@@ -13,6 +13,7 @@ import (
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	commonmatchingv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/matching/v3"
 	compositev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/composite/v3"
+	luav3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/lua/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -104,10 +105,12 @@ func below(m *matcherv3.Matcher) *matcherv3.Matcher {
 	return nil
 }
 
-var mutations = []struct {
+type mutation struct {
 	name   string
 	change func(v victim)
-}{
+}
+
+var mutations = []mutation{
 	// What must stand nowhere.
 	{"RBACPerRoute on a route", func(v victim) {
 		v.route().TypedPerFilterConfig["authz/chat/rights"] = pack(&rbacv3.RBACPerRoute{})
@@ -387,7 +390,104 @@ var mutations = []struct {
 	}},
 }
 
-func good(t rapid.TB) *Resources {
+// shards are mutations of rights that are kept apart.
+var shards = []mutation{
+	{"a choice by something else", func(v victim) {
+		v.choice(func(m *matcherv3.Matcher) { m.GetMatcherTree().Input = stateInput(stateName) })
+	}},
+	{"a choice of nothing", func(v victim) {
+		v.choice(func(m *matcherv3.Matcher) { m.MatcherType = nil })
+	}},
+	{"a choice that is not the end", func(v victim) {
+		v.choice(func(m *matcherv3.Matcher) {
+			for _, branch := range m.GetMatcherTree().GetPrefixMatchMap().Map {
+				branch.KeepMatching = true
+			}
+		})
+	}},
+	{"a choice with an open end", func(v victim) {
+		v.choice(func(m *matcherv3.Matcher) { m.OnNoMatch = nil })
+	}},
+	{"a choice that ends in an allow", func(v victim) {
+		v.choice(func(m *matcherv3.Matcher) {
+			m.OnNoMatch = runFilter(&rbacv3.RBAC{Matcher: &matcherv3.Matcher{OnNoMatch: verdict(rbacconfigv3.RBAC_ALLOW, "grant/x")}})
+		})
+	}},
+	{"a choice that ends in no RBAC", func(v victim) {
+		v.choice(func(m *matcherv3.Matcher) { m.OnNoMatch = runFilter(setState()) })
+	}},
+	{"a choice that ends in an RBAC without rules", func(v victim) {
+		v.choice(func(m *matcherv3.Matcher) { m.OnNoMatch = runFilter(&rbacv3.RBAC{}) })
+	}},
+	{"a choice of an inline filter", func(v victim) {
+		v.choose(func(_ string, run *compositev3.ExecuteFilterAction) {
+			run.DynamicConfig, run.TypedConfig = nil, extension("run", &rbacv3.RBAC{Matcher: orDeny(nil)})
+		})
+	}},
+	{"a choice that is taken at times", func(v victim) {
+		v.choose(func(_ string, run *compositev3.ExecuteFilterAction) {
+			run.SamplePercent = &corev3.RuntimeFractionalPercent{}
+		})
+	}},
+	{"rights that do not exist", func(v victim) {
+		v.choose(func(_ string, run *compositev3.ExecuteFilterAction) { run.DynamicConfig.Name += "x" })
+	}},
+	{"the rights of another caller", func(v victim) {
+		v.choice(func(m *matcherv3.Matcher) {
+			to := m.GetMatcherTree().GetPrefixMatchMap().Map
+			names := sortedKeys(to)
+			to[names[0]] = to[names[1]]
+		})
+	}},
+	{"the rights of another endpoint", func(v victim) {
+		v.choose(func(prefix string, run *compositev3.ExecuteFilterAction) {
+			run.DynamicConfig.Name = "authz/open/rights/all/" + prefix
+		})
+	}},
+	{"rights that are open until they have come", func(v victim) {
+		v.choose(func(_ string, run *compositev3.ExecuteFilterAction) {
+			run.DynamicConfig.ConfigDiscovery.DefaultConfig = pack(&rbacv3.RBAC{})
+		})
+	}},
+	{"rights that may come as another filter", func(v victim) {
+		v.choose(func(_ string, run *compositev3.ExecuteFilterAction) {
+			run.DynamicConfig.ConfigDiscovery.TypeUrls = append(run.DynamicConfig.ConfigDiscovery.TypeUrls, typeURL(&luav3.Lua{}))
+		})
+	}},
+	{"an open shard", func(v victim) {
+		for _, x := range v.Extensions {
+			if strings.HasPrefix(x.Name, "authz/chat/rights/") {
+				edit(v, x.TypedConfig, func(r *rbacv3.RBAC) { r.Matcher = nil })
+			}
+		}
+	}},
+	{"a shard that is a choice", func(v victim) {
+		for _, x := range v.Extensions {
+			if strings.HasPrefix(x.Name, "authz/chat/rights/") {
+				x.TypedConfig = pack(matched(orDeny(nil)))
+			}
+		}
+	}},
+}
+
+func (v victim) choice(change func(*matcherv3.Matcher)) {
+	v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter {
+		edit(v, f[len(f)-2].GetTypedConfig(), func(x *commonmatchingv3.ExtensionWithMatcher) { change(x.XdsMatcher) })
+		return f
+	})
+}
+
+func (v victim) choose(change func(prefix string, run *compositev3.ExecuteFilterAction)) {
+	v.choice(func(m *matcherv3.Matcher) {
+		for prefix, branch := range m.GetMatcherTree().GetPrefixMatchMap().Map {
+			edit(v, branch.GetAction().TypedConfig, func(run *compositev3.ExecuteFilterAction) { change(prefix, run) })
+		}
+	})
+}
+
+func good(t rapid.TB) *Resources { return goodIn(t, "written out") }
+
+func goodIn(t rapid.TB, form string) *Resources {
 	cfg := corpus.Assemble(t, append(corpus.Endpoints(), `---
 apiVersion: sallyport.dev/v1alpha1
 kind: Grant
@@ -399,7 +499,8 @@ kind: Grant
 metadata: {name: two}
 spec: {mode: Shadow, from: [{spiffeID: 'spiffe://example.org/a'}], to: [{endpoint: chat, operations: [Infer], resources: [b]}]}
 `))
-	return Lower(&cfg, authz.Compile(&cfg, time.Unix(0, 0)), nil)
+	_, r := lowered(&cfg, time.Unix(0, 0), form)
+	return r
 }
 
 func TestCheckRefuses(t *testing.T) {
@@ -409,15 +510,22 @@ func TestCheckRefuses(t *testing.T) {
 	if err := Check(&Resources{}); err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range mutations {
-		t.Run(m.name, func(t *testing.T) {
-			r := good(t)
-			m.change(victim{t, r})
-			err := Check(r)
-			if err == nil {
-				t.Fatal("passes")
-			}
-			t.Log(strings.ReplaceAll(err.Error(), "\n", "; "))
-		})
+	if err := Check(goodIn(t, "shards")); err != nil {
+		t.Fatal(err)
 	}
+	refuses := func(form string, mutations []mutation) {
+		for _, m := range mutations {
+			t.Run(m.name, func(t *testing.T) {
+				r := goodIn(t, form)
+				m.change(victim{t, r})
+				err := Check(r)
+				if err == nil {
+					t.Fatal("passes")
+				}
+				t.Log(strings.ReplaceAll(err.Error(), "\n", "; "))
+			})
+		}
+	}
+	refuses("written out", mutations)
+	refuses("shards", shards)
 }

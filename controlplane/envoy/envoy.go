@@ -6,6 +6,8 @@
 package envoy
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"maps"
 	"slices"
 
@@ -28,6 +30,12 @@ type Resources struct {
 	Extensions  []*corev3.TypedExtensionConfig      // ECDS
 	Clusters    []*clusterv3.Cluster                // CDS
 	Assignments []*endpointv3.ClusterLoadAssignment // EDS
+
+	policy       *authz.Policy
+	limits       limits
+	shards       map[segment.EndpointName][]shard
+	before, made map[string]made // extensions, and what they are made of
+	versions     map[proto.Message]string
 }
 
 // Names tells, for each endpoint whose protocol addresses resources by UUID, which UUID is which resource's now.
@@ -47,21 +55,57 @@ const validationSecret = "ALL"
 // Lower makes the resources of the configuration's gateway. Editing one endpoint leaves those of all others as they
 // were, byte for byte, and changing a grant changes nothing but the endpoint's "rights" and "members".
 func Lower(cfg *segment.Config, policy *authz.Policy, names Names) *Resources {
-	r := &Resources{}
+	return Relower(nil, cfg, policy, names)
+}
+
+// Relower is Lower for one who has earlier resources, or nil. What it makes is the same; it is sooner made, and
+// extensions that are as they were are the same pointers.
+func Relower(last *Resources, cfg *segment.Config, policy *authz.Policy, names Names) *Resources {
+	return lower(defaultLimits, last, cfg, policy, names)
+}
+
+func lower(l limits, last *Resources, cfg *segment.Config, policy *authz.Policy, names Names) *Resources {
+	r := &Resources{policy: policy, limits: l, shards: map[segment.EndpointName][]shard{}, made: map[string]made{}}
+	if last != nil {
+		r.before = last.made
+	}
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
 		r.Routes = append(r.Routes, routes(e))
-		r.Extensions = append(r.Extensions, authorization(e, policy.Endpoints[e.Name], names[e.Name])...)
+		r.Extensions = append(r.Extensions, r.authorization(e, policy.Endpoints[e.Name], names[e.Name])...)
 		clusters, assignments := backends(e, cfg.Gateway)
 		r.Clusters = append(r.Clusters, clusters...)
 		r.Assignments = append(r.Assignments, assignments...)
 	}
 	if len(cfg.Endpoints) > 0 {
-		r.Listeners = []*listenerv3.Listener{listener(cfg)}
+		r.Listeners = []*listenerv3.Listener{listener(cfg, r.shards)}
 	}
+	r.before = nil
 	slices.SortFunc(r.Extensions, byName)
 	slices.SortFunc(r.Clusters, byName)
+	r.remember(last)
 	return r
+}
+
+// Version names what one of the resources holds: equal content, equal version.
+func (r *Resources) Version(m proto.Message) string {
+	if v := r.versions[m]; v != "" {
+		return v
+	}
+	sum := sha256.Sum256(pack(m).Value)
+	return hex.EncodeToString(sum[:])
+}
+
+// remember keeps the versions of all resources, of those that the last resources shared without reading them again.
+func (r *Resources) remember(last *Resources) {
+	if last == nil {
+		last = &Resources{}
+	}
+	versions := map[proto.Message]string{}
+	for _, m := range r.All() {
+		versions[m] = last.Version(m)
+	}
+	r.versions = versions
 }
 
 func byName[T interface{ GetName() string }](a, b T) int {

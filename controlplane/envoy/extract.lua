@@ -206,10 +206,12 @@ end
 
 -- Envoy's validator lets in whoever has several URI names, and any letters in them. Only one name that is a SPIFFE ID
 -- (X509-SVID, section 2; SPIFFE-ID, section 2) can't be taken for another caller or for a part of the question.
-local function has_spiffe_id(handle)
-  local names = handle:streamInfo():downstreamSslConnection():uriSanPeerCertificate()
+-- Returns when the certificate ends, in seconds, or nil if it is not one that names a caller.
+local function spiffe_id_until(handle)
+  local tls = handle:streamInfo():downstreamSslConnection()
+  local names = tls:uriSanPeerCertificate()
   local path = #names == 1 and match(names[1], "^spiffe://[a-z0-9%._-]+(/[%w%._/-]+)$")
-  return path and is_plain(path)
+  return path and is_plain(path) and tls:expirationPeerCertificate() or nil
 end
 
 local function refuse(handle, status, why)
@@ -217,16 +219,12 @@ local function refuse(handle, status, why)
   handle:respond({ [":status"] = tostring(status) }, "The request has " .. why .. ".")
 end
 
--- How long the certificate that opened the connection is still good for, in milliseconds.
-local function left(handle)
-  return handle:streamInfo():downstreamSslConnection():expirationPeerCertificate() * 1000 - handle:timestamp()
-end
-
 function envoy_on_request(handle)
   local wants = handle:filterContext()
-  local from, key, segment, rest = wants:get("from"), wants:get("key"), wants:get("segment"), wants:get("rest")
+  local from = wants:get("from")
   if not from then return end -- in no table: denied, because nothing is resolved
-  if not has_spiffe_id(handle) then return end
+  local ends = spiffe_id_until(handle)
+  if not ends then return end
 
   local name
   if from == "body" then
@@ -237,6 +235,7 @@ function envoy_on_request(handle)
     if find(charset, "charset", 1, true) and find(gsub(charset, 'charset="?utf%-8"?', ""), "charset", 1, true) then
       return refuse(handle, 400, "another charset than UTF-8")
     end
+    local key = wants:get("key")
     local body, why = handle:body(), "no body" -- the script may rest here: whatever it holds of Envoy is void behind it
     if body then name, why = read_object(body:getBytes(0, body:length()), key) end
     if not name then return refuse(handle, 400, why) end
@@ -244,12 +243,12 @@ function envoy_on_request(handle)
       return refuse(handle, 400, "a name that no resource has")
     end
   elseif from ~= "nothing" then
-    name = read_path(handle:headers():get(":path"), segment, rest)
+    name = read_path(handle:headers():get(":path"), wants:get("segment"), wants:get("rest"))
     if not name or (from == "id" and not find(name, UUID)) then return end -- no resource is called like this: denied
   end
 
   -- What begins on a certificate ends with it.
-  local ms = left(handle)
+  local ms = ends * 1000 - handle:timestamp()
   if ms <= 0 then return refuse(handle, 401, "come with a certificate that has expired since") end
   handle:headers():replace("x-envoy-upstream-rq-timeout-ms", format("%d", ms))
 

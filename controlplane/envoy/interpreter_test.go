@@ -42,15 +42,19 @@ func (q *request) pass(r *Resources, endpoint segment.EndpointName) authz.Decisi
 		for _, f := range q.open(chain.Filters[0].GetTypedConfig()).(*hcmv3.HttpConnectionManager).HttpFilters {
 			config := f.GetTypedConfig()
 			if f.GetConfigDiscovery() != nil {
-				i := slices.IndexFunc(r.Extensions, func(x *xt) bool { return x.Name == f.Name })
-				config = r.Extensions[i].TypedConfig
+				config = discover(r, f.Name)
 			}
-			q.run(config)
+			q.run(r, config)
 		}
 		return q.decided
 	}
 	q.t.Fatalf("no endpoint %s", endpoint)
 	return authz.Decision{}
+}
+
+func discover(r *Resources, name string) *anypb.Any {
+	i := slices.IndexFunc(r.Extensions, func(x *xt) bool { return x.Name == name })
+	return r.Extensions[i].TypedConfig
 }
 
 func (q *request) open(a *anypb.Any) proto.Message {
@@ -67,7 +71,7 @@ func (q *request) open(a *anypb.Any) proto.Message {
 	return m
 }
 
-func (q *request) run(config *anypb.Any) {
+func (q *request) run(r *Resources, config *anypb.Any) {
 	switch f := q.open(config).(type) {
 	case *setstatev3.Config:
 		for _, v := range f.OnRequestHeaders {
@@ -78,7 +82,12 @@ func (q *request) run(config *anypb.Any) {
 		}
 	case *commonmatchingv3.ExtensionWithMatcher:
 		if action := q.match(f.XdsMatcher); action != nil {
-			q.run(q.open(action.TypedConfig).(*compositev3.ExecuteFilterAction).TypedConfig.TypedConfig)
+			run := q.open(action.TypedConfig).(*compositev3.ExecuteFilterAction)
+			if run.DynamicConfig != nil {
+				q.run(r, discover(r, run.DynamicConfig.Name))
+			} else {
+				q.run(r, run.TypedConfig.TypedConfig)
+			}
 		}
 	case *rbacv3.RBAC:
 		q.decided.Allowed, q.decided.Rule = q.verdict(f.Matcher)

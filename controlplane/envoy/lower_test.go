@@ -2,6 +2,7 @@ package envoy
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -51,21 +52,16 @@ func extracted(t testing.TB, r authz.Request) *request {
 	return q
 }
 
-func lowered(cfg *segment.Config, now time.Time, classes bool) (*authz.Policy, *Resources) {
+// forms are the forms that rights are lowered in, whatever their size.
+var forms = map[string]limits{
+	"written out": {writtenOut: 1 << 30, shard: 1 << 30},
+	"classes":     {writtenOut: -1, shard: 1 << 30},
+	"shards":      {writtenOut: 1 << 30, shard: 3},
+}
+
+func lowered(cfg *segment.Config, now time.Time, form string) (*authz.Policy, *Resources) {
 	policy := authz.Compile(cfg, now)
-	r := Lower(cfg, policy, Names{"docs": collections()})
-	if classes {
-		for _, x := range r.Extensions {
-			endpoint, what, _ := strings.Cut(strings.TrimPrefix(x.Name, "authz/"), "/")
-			switch p := policy.Endpoints[segment.EndpointName(endpoint)]; what {
-			case "members":
-				x.TypedConfig = pack(members(p, true))
-			case "rights":
-				x.TypedConfig = pack(rights(p, true))
-			}
-		}
-	}
-	return policy, r
+	return policy, lower(forms[form], nil, cfg, policy, Names{"docs": collections()})
 }
 
 func at(t rapid.TB, s string) time.Time {
@@ -79,12 +75,12 @@ func at(t rapid.TB, s string) time.Time {
 // What Envoy's look-ups find in the lowered policy is what authz.Decide says, written out and in classes.
 func TestLoweringAgreesWithDecide(t *testing.T) {
 	requests := corpus.Requests()
-	for _, classes := range []bool{false, true} {
-		t.Run(fmt.Sprintf("classes=%t", classes), func(outer *testing.T) {
+	for form := range forms {
+		t.Run(form, func(outer *testing.T) {
 			seen := map[authz.Decision]bool{}
 			rapid.Check(outer, func(t *rapid.T) {
 				cfg := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...))
-				policy, r := lowered(&cfg, at(t, corpus.Early), classes)
+				policy, r := lowered(&cfg, at(t, corpus.Early), form)
 				if err := Check(r); err != nil {
 					t.Fatal(err)
 				}
@@ -124,8 +120,8 @@ func TestLoweringAgreesWithTables(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, classes := range []bool{false, true} {
-			policy, r := lowered(&cfg, c.Now, classes)
+		for form := range forms {
+			policy, r := lowered(&cfg, c.Now, form)
 			for _, line := range c.Lines {
 				if policy.Endpoints[line.Request.Endpoint] == nil {
 					continue
@@ -136,7 +132,7 @@ func TestLoweringAgreesWithTables(t *testing.T) {
 				q := &request{t: t, caller: line.Request.Caller, operation: string(line.Request.Operation),
 					found: map[string]string{"resolved": "=", "name": line.Request.Resource}}
 				if diff := cmp.Diff(line.Want, q.pass(r, line.Request.Endpoint)); diff != "" {
-					t.Errorf("%s: classes %t: (-want +lowered)\n%s", line.Pos, classes, diff)
+					t.Errorf("%s: %s: (-want +lowered)\n%s", line.Pos, form, diff)
 				}
 			}
 		}
@@ -151,8 +147,8 @@ kind: Grant
 metadata: {name: all}
 spec: {from: [{trustDomain: example.org}, {spiffeID: 'spiffe://example.org/a'}], to: [{endpoint: open, operations: [Infer, Embed], resources: ['*', a, '=a']}, {endpoint: docs, operations: [Read, Write, Admin], resources: ['*']}]}
 `))
-	for _, classes := range []bool{false, true} {
-		_, r := lowered(&cfg, at(t, corpus.Early), classes)
+	for form := range forms {
+		_, r := lowered(&cfg, at(t, corpus.Early), form)
 		good := request{t: t, caller: "spiffe://example.org/a", operation: "Infer", found: map[string]string{"resolved": "=", "name": "a"}}
 		if got := good.pass(r, "open"); !got.Allowed {
 			t.Fatalf("the base of this test is denied: %+v", got)
@@ -168,12 +164,12 @@ spec: {from: [{trustDomain: example.org}, {spiffeID: 'spiffe://example.org/a'}],
 		} {
 			q.t = t
 			if got := q.pass(r, "open"); got.Allowed || got.Rule != authz.DefaultDeny {
-				t.Errorf("classes %t, %s: %+v of %v", classes, name, got, q.state)
+				t.Errorf("%s, %s: %+v of %v", form, name, got, q.state)
 			}
 		}
 		unknown := request{t: t, caller: good.caller, operation: "Read", found: map[string]string{"id": "ffffffff-0000-0000-0000-000000000000"}}
 		if got := unknown.pass(r, "docs"); got.Allowed {
-			t.Errorf("classes %t: an unknown UUID is allowed: %v", classes, unknown.state)
+			t.Errorf("%s: an unknown UUID is allowed: %v", form, unknown.state)
 		}
 	}
 }
@@ -182,7 +178,7 @@ spec: {from: [{trustDomain: example.org}, {spiffeID: 'spiffe://example.org/a'}],
 func TestNamesAreLiteral(t *testing.T) {
 	for _, name := range []string{"%REQ(X)%", "50%", "%%", "%DOWNSTREAM_PEER_URI_SAN%", "=", "a|b=c", "ü"} {
 		q := request{t: t, caller: "spiffe://example.org/a", found: map[string]string{"id": "1"}, state: map[string]string{stateID: "1"}}
-		q.run(pack(resolve(map[string]string{"1": name})))
+		q.run(nil, pack(resolve(map[string]string{"1": name})))
 		if q.state[stateName] != name || q.state[stateResolved] != "=" {
 			t.Errorf("%q becomes %q", name, q.state)
 		}
@@ -238,9 +234,9 @@ func TestSameBytes(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		docs := append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...)
 		cfg, again := corpus.Assemble(t, docs), corpus.Assemble(t, rapid.Permutation(docs).Draw(t, "shuffled"))
-		for _, classes := range []bool{false, true} {
-			_, r := lowered(&cfg, at(t, corpus.Early), classes)
-			_, same := lowered(&again, at(t, corpus.Early), classes)
+		for form := range forms {
+			_, r := lowered(&cfg, at(t, corpus.Early), form)
+			_, same := lowered(&again, at(t, corpus.Early), form)
 			if diff := changed(fingerprints(t, r), fingerprints(t, same)); diff != nil {
 				t.Fatalf("other bytes: %q", diff)
 			}
@@ -256,14 +252,17 @@ func TestChangeStaysWhereItIsMade(t *testing.T) {
 		}
 		docs = append(docs, grant())
 		edited := slices.Clone(docs)
-		classes := rapid.Bool().Draw(t, "classes")
+		form := rapid.SampledFrom(slices.Sorted(maps.Keys(forms))).Draw(t, "form")
 		var allowed func(name string) bool
 		if edit := rapid.SampledFrom([]string{"grant", "hostname", "backend", "models", "more"}).Draw(t, "edit"); edit == "grant" {
 			edited[len(edited)-1] = grant()
 			about := docs[len(docs)-1] + edited[len(edited)-1]
 			allowed = func(name string) bool {
+				if chain, ok := strings.CutPrefix(name, "chain/"); ok {
+					return form == "shards" && strings.Contains(about, "endpoint: "+chain) // where callers are cut may move
+				}
 				endpoint, what, _ := strings.Cut(strings.TrimPrefix(name, "extensions/authz/"), "/")
-				return strings.HasPrefix(name, "extensions/authz/") && strings.Contains(about, "endpoint: "+endpoint) && (what == "rights" || classes && what == "members")
+				return strings.HasPrefix(name, "extensions/authz/") && strings.Contains(about, "endpoint: "+endpoint) && (what == "rights" || form == "shards" && strings.HasPrefix(what, "rights/") || form == "classes" && what == "members")
 			}
 		} else {
 			change := map[string][2]string{"hostname": {"chat.internal", "talk.internal"}, "backend": {":8002", ":9002"},
@@ -277,8 +276,8 @@ func TestChangeStaysWhereItIsMade(t *testing.T) {
 			}
 		}
 		cfg, next := corpus.Assemble(t, docs), corpus.Assemble(t, edited)
-		_, before := lowered(&cfg, at(t, corpus.Early), classes)
-		_, after := lowered(&next, at(t, corpus.Early), classes)
+		_, before := lowered(&cfg, at(t, corpus.Early), form)
+		_, after := lowered(&next, at(t, corpus.Early), form)
 		if err := Check(after); err != nil {
 			t.Fatal(err)
 		}
@@ -288,6 +287,101 @@ func TestChangeStaysWhereItIsMade(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Many callers are cut into parts that are small, each of them is in one, and one more changes one part.
+func TestShards(t *testing.T) {
+	config := func(callers int, skip int) *segment.Config {
+		docs := corpus.Endpoints()
+		for i := range callers {
+			if i != skip {
+				docs = append(docs, fmt.Sprintf("---\napiVersion: sallyport.dev/v1alpha1\nkind: Grant\nmetadata: {name: g%d}\nspec: {from: [{spiffeID: 'spiffe://example.org/ns/x/app-%d'}], to: [{endpoint: open, operations: [Infer], resources: [a]}]}\n", i, i))
+			}
+		}
+		cfg := corpus.Assemble(t, docs)
+		return &cfg
+	}
+	l := limits{writtenOut: 1 << 30, shard: 100}
+	all, less := config(500, -1), config(500, 123)
+	before := lower(l, nil, all, authz.Compile(all, time.Unix(0, 0)), nil)
+	parts, callers := 0, 0
+	for _, x := range before.Extensions {
+		if !strings.HasPrefix(x.Name, RightsName("open")+"/") {
+			continue
+		}
+		n := len(before.made[x.Name].from.members)
+		if weight(before.made[x.Name].from.members) > l.shard {
+			t.Errorf("%s has %d callers", x.Name, n)
+		}
+		parts, callers = parts+1, callers+n
+	}
+	if parts < 15 || callers != 500 {
+		t.Errorf("%d callers in %d parts", callers, parts)
+	}
+	after := lower(l, nil, less, authz.Compile(less, time.Unix(0, 0)), nil)
+	if got := changed(fingerprints(t, before), fingerprints(t, after)); len(got) != 1 || !strings.Contains(got[0], "app-12") {
+		t.Errorf("one caller less changes %q", got)
+	}
+}
+
+// What is retained under the name of a shard is what that shard holds, and under the name of all rights what all hold.
+func TestRetained(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		cfg := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...))
+		_, r := lowered(&cfg, at(t, corpus.Early), "shards")
+		for _, x := range r.Extensions {
+			got := r.Retained(x.Name)
+			if strings.Contains(x.Name, "/rights") && !proto.Equal(got, x) {
+				t.Fatalf("%s is retained as %v, not %v", x.Name, got, x)
+			}
+		}
+		_, whole := lowered(&cfg, at(t, corpus.Early), "written out")
+		for _, x := range whole.Extensions {
+			if strings.HasSuffix(x.Name, "/rights") && !proto.Equal(r.Retained(x.Name), x) {
+				t.Fatalf("%s is not retained", x.Name)
+			}
+		}
+		for _, name := range []string{"", "x", "authz/chat", "authz/chat/members", "authz/chat/names", "authz/nobody/rights", "authz/chat/rights/x", "a/chat/rights", "authz//rights"} {
+			if got := r.Retained(name); got != nil {
+				t.Fatalf("%q is retained: %v", name, got)
+			}
+		}
+	})
+}
+
+// What is made from earlier resources is what is made from nothing, and what did not change is the same pointer.
+func TestRelower(t *testing.T) {
+	kept := 0
+	rapid.Check(t, func(t *rapid.T) {
+		grants := corpus.Grants().Draw(t, "grants")
+		var policy *authz.Policy
+		var last *Resources
+		for step := range rapid.IntRange(2, 4).Draw(t, "edits") {
+			cfg := corpus.Assemble(t, append(corpus.Endpoints(), grants...))
+			form := forms[rapid.SampledFrom(slices.Sorted(maps.Keys(forms))).Draw(t, "form")]
+			policy = authz.Recompile(policy, &cfg, at(t, corpus.Early))
+			got, want := lower(form, last, &cfg, policy, nil), lower(form, nil, &cfg, policy, nil)
+			if diff := changed(fingerprints(t, got), fingerprints(t, want)); diff != nil {
+				t.Fatalf("other bytes: %q", diff)
+			}
+			if err := Recheck(last, got); err != nil {
+				t.Fatal(err)
+			}
+			if last != nil {
+				for _, x := range got.Extensions {
+					if slices.Contains(last.Extensions, x) {
+						kept++
+					}
+				}
+			}
+			last = got
+			grants = append(grants[min(len(grants), rapid.IntRange(0, 2).Draw(t, "removed")):],
+				corpus.Grant(fmt.Sprintf("a%d", step), "Allow", "Enforce").Draw(t, "more"))
+		}
+	})
+	if kept == 0 {
+		t.Error("nothing is ever kept")
+	}
 }
 
 // Above the threshold callers are put into classes, if that is smaller, and the same is decided.
@@ -314,7 +408,8 @@ func TestUseClasses(t *testing.T) {
 		callers, resources int
 		same, want         bool
 	}{{200, 100, true, false}, {201, 100, true, true}, {201, 100, false, false}, {0, 0, true, false}} {
-		if got := useClasses(policy(c.callers, c.resources, c.same)); got != c.want {
+		p := policy(c.callers, c.resources, c.same)
+		if got := defaultLimits.useClasses(p, membersOf(p)); got != c.want {
 			t.Errorf("%+v: %t", c, got)
 		}
 	}

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"sallyport.dev/controlplane/envoy"
 	"sallyport.dev/segment"
@@ -44,6 +45,8 @@ type gateway struct {
 	target   string // generation
 	wanted   versions
 	taken    versions
+	r        *envoy.Resources // of the target
+	retained map[string]bool  // wanted extensions that are not in the target: connections that began before need them
 	inForce  string
 	rejected map[string]Rejection      // by type URL
 	refusals map[string]map[string]int // how often each resource was refused, or came with one that was
@@ -99,55 +102,89 @@ func (s *Server) Register(ctx context.Context, to *grpc.Server) {
 
 // Publish makes the resources the target of a gateway. It returns at once; WaitInForce tells when they are in force.
 func (s *Server) Publish(ctx context.Context, name segment.GatewayName, generation string, r *envoy.Resources) error {
-	snapshot := &cachev3.Snapshot{}
-	for _, set := range []struct {
-		kind  types.ResponseType
-		items []types.Resource
-	}{
-		{types.Listener, resources(r.Listeners)},
-		{types.Route, resources(r.Routes)},
-		{types.ExtensionConfig, resources(r.Extensions)},
-		{types.Cluster, resources(r.Clusters)},
-		{types.Endpoint, resources(r.Assignments)},
-	} {
-		snapshot.Resources[set.kind] = cachev3.NewResources(generation, set.items)
-	}
-	if err := snapshot.ConstructVersionMap(); err != nil {
-		return fmt.Errorf("version resources: %w", err)
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	g := s.gateways[name]
 	if g == nil {
-		g = &gateway{taken: versions{}, rejected: map[string]Rejection{}, refusals: map[string]map[string]int{}}
+		g = &gateway{taken: versions{}, retained: map[string]bool{}, rejected: map[string]Rejection{}, refusals: map[string]map[string]int{}}
 		s.gateways[name] = g
 	}
-	wanted := versions{}
-	for _, url := range []string{resourcev3.ListenerType, resourcev3.RouteType, resourcev3.ExtensionConfigType, resourcev3.ClusterType, resourcev3.EndpointType} {
-		inCache := snapshot.GetVersionMap(url)
-		wanted[url] = maps.Clone(inCache)
-		// The cache takes what was refused for sent. Under another version, which only it sees, it is sent again.
-		for name, n := range g.refusals[url] {
-			if version, ok := inCache[name]; ok {
-				inCache[name] = fmt.Sprintf("%s+%d", version, n)
+	g.target, g.r = generation, r
+	clear(g.rejected)
+	err := s.offer(ctx, name, g)
+	s.settle(g)
+	return err
+}
+
+// offer puts the target into the cache, and what the gateway needs beside it. The caller holds the lock.
+func (s *Server) offer(ctx context.Context, name segment.GatewayName, g *gateway) error {
+	o := offerOf(g.target, g.r)
+	clear(g.retained)
+	for has := range g.taken[resourcev3.ExtensionConfigType] {
+		if o.resources[resourcev3.ExtensionConfigType][has].Resource != nil {
+			continue
+		}
+		if x := g.r.Retained(has); x != nil {
+			o.add(x, g.r)
+			g.retained[has] = true
+		}
+	}
+	g.wanted = versions{}
+	for url, names := range o.versions {
+		g.wanted[url] = maps.Clone(names)
+	}
+	// The cache takes what was refused for sent. Under another version it is sent again.
+	for url, names := range g.refusals {
+		for name, n := range names {
+			if version, ok := o.versions[url][name]; ok {
+				o.versions[url][name] = fmt.Sprintf("%s+%d", version, n)
 			}
 		}
 	}
-	g.target, g.wanted = generation, wanted
-	clear(g.rejected)
-	s.settle(g)
-	if err := s.cache.SetSnapshot(ctx, string(name), snapshot); err != nil {
-		return fmt.Errorf("publish generation: %w", err)
+	if err := s.cache.SetSnapshot(ctx, string(name), o); err != nil {
+		return fmt.Errorf("offer generation: %w", err)
 	}
 	return nil
 }
 
-func resources[T types.Resource](items []T) []types.Resource {
-	out := make([]types.Resource, len(items))
-	for i, item := range items {
-		out[i] = item
+// offering is a snapshot whose versions are known from the resources. All maps are by type URL, then by name.
+type offering struct {
+	generation string
+	resources  map[string]map[string]types.ResourceWithTTL
+	versions   versions
+}
+
+func offerOf(generation string, r *envoy.Resources) *offering {
+	o := &offering{generation, map[string]map[string]types.ResourceWithTTL{}, versions{}}
+	for _, url := range []string{resourcev3.ListenerType, resourcev3.RouteType, resourcev3.ExtensionConfigType, resourcev3.ClusterType, resourcev3.EndpointType} {
+		o.resources[url], o.versions[url] = map[string]types.ResourceWithTTL{}, map[string]string{}
 	}
-	return out
+	for _, m := range r.All() {
+		o.add(m, r)
+	}
+	return o
+}
+
+func (o *offering) add(m proto.Message, r *envoy.Resources) {
+	url, name := "type.googleapis.com/"+string(m.ProtoReflect().Descriptor().FullName()), cachev3.GetResourceName(m)
+	o.resources[url][name], o.versions[url][name] = types.ResourceWithTTL{Resource: m}, r.Version(m)
+}
+
+func (o *offering) GetVersion(string) string   { return o.generation }
+func (o *offering) ConstructVersionMap() error { return nil }
+
+func (o *offering) GetVersionMap(url string) map[string]string { return o.versions[url] }
+
+func (o *offering) GetResourcesAndTTL(url string) map[string]types.ResourceWithTTL {
+	return o.resources[url]
+}
+
+func (o *offering) GetResources(url string) map[string]types.Resource {
+	all := make(map[string]types.Resource, len(o.resources[url]))
+	for name, r := range o.resources[url] {
+		all[name] = r.Resource
+	}
+	return all
 }
 
 // settle finds out whether the target is in force, and tells who waits. The caller holds the lock.
@@ -265,8 +302,17 @@ func (s *Server) asked(id int64, r *discoveryv3.DeltaDiscoveryRequest) error {
 	if len(r.InitialResourceVersions) > 0 {
 		g.took(r.TypeUrl, r.InitialResourceVersions)
 	}
+	if len(r.InitialResourceVersions) > 0 && r.TypeUrl == resourcev3.ExtensionConfigType {
+		if err := s.offer(context.Background(), st.gateway, g); err != nil { // before it is answered
+			return err
+		}
+	}
 	for _, name := range r.ResourceNamesUnsubscribe {
 		delete(g.taken[r.TypeUrl], name)
+		if g.retained[name] && r.TypeUrl == resourcev3.ExtensionConfigType {
+			delete(g.retained, name)
+			delete(g.wanted[r.TypeUrl], name)
+		}
 	}
 	if sent := st.sent[r.ResponseNonce]; sent != nil {
 		delete(st.sent, r.ResponseNonce)
@@ -298,7 +344,9 @@ func (g *gateway) took(url string, names map[string]string) {
 	if g.taken[url] == nil {
 		g.taken[url] = map[string]string{}
 	}
-	maps.Copy(g.taken[url], names)
+	for name, version := range names {
+		g.taken[url][name], _, _ = strings.Cut(version, "+") // what follows says how it was offered
+	}
 }
 
 func (g *gateway) refused(sent *discoveryv3.DeltaDiscoveryResponse, why string) {
