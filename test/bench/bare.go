@@ -11,6 +11,7 @@ import (
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	luav3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/lua/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -25,9 +26,14 @@ import (
 	"sallyport.dev/segment"
 )
 
-// bare is what Sallyport would be without logs and traces, which no command gives: the resources that it lowers, with
-// these two cut out and everything that is discovered written in. It compares with the SAN rule, which has neither.
-func (b *bench) bare(documents map[string]string) (*subject, error) {
+// bare is what Sallyport would be without telemetry, which no command gives: the resources that it lowers, with logs and
+// traces cut out, and the reading of usage for them if asked, and everything that is discovered written in. It compares
+// with the SAN rule, which has none of it.
+func (b *bench) bare(documents map[string]string, usage bool) (*subject, error) {
+	name := "sallyport, decisions only"
+	if usage {
+		name = "sallyport, decisions and usage"
+	}
 	folder, authority, own, err := b.gatewayFolder(identity.Request{
 		ID: spiffeid.RequireFromPath(trustDomain, "/gateway"), DNSNames: []string{chatHost, docsHost}, TTL: time.Hour})
 	if err != nil {
@@ -48,7 +54,7 @@ func (b *bench) bare(documents map[string]string) (*subject, error) {
 		return nil, problems
 	}
 	resources := envoy.Lower(&cfg, authz.Compile(&cfg, time.Now()), nil)
-	if err := writeIn(resources, own); err != nil {
+	if err := writeIn(resources, own, usage); err != nil {
 		return nil, err
 	}
 	sink := filepath.Join(b.folder, "sink.sock")
@@ -64,11 +70,11 @@ func (b *bench) bare(documents map[string]string) (*subject, error) {
 	if err := os.WriteFile(path, text, 0o600); err != nil {
 		return nil, err
 	}
-	return b.startEnvoy("sallyport, no telemetry", path, port, authority)
+	return b.startEnvoy(name, path, port, authority)
 }
 
 // writeIn puts into listeners and clusters what they would discover, and takes their telemetry out.
-func writeIn(r *envoy.Resources, own *files) error {
+func writeIn(r *envoy.Resources, own *files, usage bool) error {
 	extensions := map[string]*corev3.TypedExtensionConfig{}
 	for _, x := range r.Extensions {
 		extensions[x.Name] = x
@@ -117,6 +123,15 @@ func writeIn(r *envoy.Resources, own *files) error {
 		for _, f := range manager.HttpFilters {
 			if f.GetConfigDiscovery() != nil {
 				f.ConfigType = &hcmv3.HttpFilter_TypedConfig{TypedConfig: extensions[f.Name].TypedConfig}
+			}
+			script := &luav3.Lua{}
+			if usage || f.GetTypedConfig().UnmarshalTo(script) != nil {
+				continue
+			}
+			source := script.DefaultSourceCode.Specifier.(*corev3.DataSource_InlineString)
+			source.InlineString += "\nenvoy_on_response = nil\n"
+			if f.GetTypedConfig().Value, err = proto.Marshal(script); err != nil {
+				return err
 			}
 		}
 		if chain.TransportSocket.ConfigType.(*corev3.TransportSocket_TypedConfig).TypedConfig, err = anypb.New(tls); err != nil {

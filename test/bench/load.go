@@ -126,6 +126,9 @@ type Result struct {
 
 // interleave puts all subjects under the load, one after the other, again and again.
 func (b *bench) interleave(ctx context.Context, l load, subjects []*subject) ([]*Result, error) {
+	for _, s := range subjects {
+		s.client.CloseIdleConnections() // which a gateway may be about to close, too
+	}
 	results := make([]*Result, len(subjects))
 	for i, s := range subjects {
 		results[i] = &Result{Load: l.name, Subject: s.name}

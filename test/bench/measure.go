@@ -55,11 +55,15 @@ func (b *bench) measureLoads(ctx context.Context, r *Report) error {
 	if err != nil {
 		return err
 	}
-	quiet, err := b.bare(b.documents(1))
+	deciding, err := b.bare(b.documents(1), false)
 	if err != nil {
 		return err
 	}
-	subjects := []*subject{b.direct(), least, quiet, watched}
+	counting, err := b.bare(b.documents(1), true)
+	if err != nil {
+		return err
+	}
+	subjects := []*subject{b.direct(), least, deciding, counting, watched}
 	for _, with := range b.builds {
 		s, err := b.sallyport(ctx, with, b.documents(1))
 		if err != nil {
