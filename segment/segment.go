@@ -20,16 +20,19 @@ type (
 	GrantName    string
 	BackendName  string
 	GatewayName  string
+	NodeName     string // of the agent on a machine: the last part of its SPIFFE ID
 )
 
 // Config is everything that a generation is made of: the documents after references have been resolved and
 // every rule of the model has been checked. All slices are sorted by name, so equal configurations are equal values.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
-	Gateway     Gateway
+	Gateways    []Gateway
+	Gateway     Gateway // the one that this is for, after For; zero: for all
 	Endpoints   []Endpoint
 	Workloads   []Workload
 	Grants      []Grant
+	Federated   []TrustDomain // the other trust domains whose members can be authenticated
 }
 
 // Endpoint returns the endpoint of this name, or nil.
@@ -42,13 +45,35 @@ func (c *Config) Endpoint(name EndpointName) *Endpoint {
 	return nil
 }
 
-// Gateway is one Envoy in front of the endpoints.
+// For is the configuration as one gateway may see it: its own endpoints, and nothing of another gateway.
+func (c *Config) For(g Gateway) Config {
+	only := *c
+	only.Gateways, only.Gateway, only.Endpoints = []Gateway{g}, g, nil
+	for _, e := range c.Endpoints {
+		if g.Serves(e.Name) {
+			only.Endpoints = append(only.Endpoints, e)
+		}
+	}
+	return only
+}
+
+// Gateway is one Envoy in front of endpoints.
 type Gateway struct {
 	Name   GatewayName
 	ID     spiffeid.ID    // whom the gateway is, to callers and to the control plane
 	Listen netip.AddrPort // where it accepts mTLS connections
 	// SVIDTTL is the lifetime of the X.509-SVIDs that callers hold. No connection lives as long.
 	SVIDTTL time.Duration
+	// Node is the agent on whose machine it runs, and Selectors are how its Envoy is recognised there; empty for the
+	// gateway of this very process.
+	Node      NodeName
+	Selectors []Selector
+	Endpoints []EndpointName // those that it serves; nil: all that there are
+}
+
+// Serves reports whether the gateway is in front of the endpoint.
+func (g *Gateway) Serves(e EndpointName) bool {
+	return g.Endpoints == nil || slices.Contains(g.Endpoints, e)
 }
 
 // Endpoint is one protected API: the hostnames that clients use, its protocol, and the servers behind it.
@@ -125,6 +150,9 @@ type Workload struct {
 	Labels    map[string]string
 	ID        spiffeid.ID
 	Selectors []Selector // all must hold; at least one
+	Nodes     []NodeName // the agents on whose machines it may run; none: on this machine only
+	// FederatesWith are the other trust domains whose bundles it gets, sorted. Each is in Config.Federated.
+	FederatesWith []spiffeid.TrustDomain
 }
 
 // Selector is one fact about a process, as SPIRE writes it: "unix:uid:1000" is Type "unix", Value "uid:1000".

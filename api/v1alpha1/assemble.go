@@ -6,6 +6,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -20,7 +21,8 @@ const (
 // Options is what a configuration has that stands in no document.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
-	Gateway     segment.Gateway
+	SVIDTTL     time.Duration    // lifetime of all X.509-SVIDs
+	Gateway     *segment.Gateway // of this process, beside those that stand in documents; nil: none
 }
 
 // Assemble makes a configuration of all documents: it sets defaults, resolves references and checks every rule of
@@ -35,10 +37,16 @@ func Assemble(docs []Document, o Options) (segment.Config, segment.Problems) {
 		hosts:     make(map[string]segment.Pos),
 		ids:       make(map[spiffeid.ID]*Document),
 		labelled:  make(map[label][]*segment.Workload),
+		federated: make(map[spiffeid.TrustDomain]*segment.TrustDomain),
 	}
-	config := segment.Config{TrustDomain: o.TrustDomain, Gateway: o.Gateway}
-	var grants []*Document
-	for _, d := range a.sorted(docs) {
+	config := segment.Config{TrustDomain: o.TrustDomain}
+	if o.Gateway != nil {
+		config.Gateways = append(config.Gateways, *o.Gateway)
+	}
+	var grants, gateways []*Document
+	sorted := a.sorted(docs)
+	config.Federated = a.trustDomains(sorted)
+	for _, d := range sorted {
 		broken := len(d.problems) > 0
 		switch spec := d.Spec.(type) {
 		case *EndpointSpec:
@@ -57,11 +65,19 @@ func Assemble(docs []Document, o Options) (segment.Config, segment.Problems) {
 			if !broken {
 				grants = append(grants, d)
 			}
+		case *GatewaySpec:
+			if !broken {
+				gateways = append(gateways, d)
+			}
 		}
 	}
 	slices.SortFunc(config.Endpoints, func(a, b segment.Endpoint) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(config.Workloads, func(a, b segment.Workload) int { return cmp.Compare(a.Name, b.Name) })
 	a.index(config.Workloads)
+	for _, d := range gateways {
+		config.Gateways = append(config.Gateways, a.gateway(d, d.Spec.(*GatewaySpec), config.Endpoints))
+	}
+	slices.SortFunc(config.Gateways, func(a, b segment.Gateway) int { return cmp.Compare(a.Name, b.Name) })
 	slices.SortFunc(grants, func(a, b *Document) int { return cmp.Compare(a.Metadata.Name, b.Metadata.Name) })
 	config.Grants = slices.Grow(config.Grants, len(grants))
 	for _, d := range grants {
@@ -90,6 +106,9 @@ type assembler struct {
 	hosts     map[string]segment.Pos
 	ids       map[spiffeid.ID]*Document
 	labelled  map[label][]*segment.Workload
+
+	federated   map[spiffeid.TrustDomain]*segment.TrustDomain
+	unfederated bool // something is wrong with a TrustDomain, so that one which is nowhere may be that
 }
 
 type documentName struct {

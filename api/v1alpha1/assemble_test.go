@@ -2,6 +2,7 @@ package v1alpha1
 
 import (
 	"flag"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,7 +20,7 @@ var update = flag.Bool("update", false, "write what is reported into the golden 
 
 func testOptions() Options {
 	td := spiffeid.RequireTrustDomainFromString("example.org")
-	return Options{TrustDomain: td, Gateway: segment.Gateway{Name: "local", ID: spiffeid.RequireFromPath(td, "/edge")}}
+	return Options{TrustDomain: td, SVIDTTL: time.Hour, Gateway: &segment.Gateway{Name: "local", ID: spiffeid.RequireFromPath(td, "/edge")}}
 }
 
 // Each file of testdata/problems is some documents and all that is wrong with them.
@@ -68,8 +69,8 @@ func same() []cmp.Option {
 	return []cmp.Option{
 		cmp.Comparer(func(a, b spiffeid.ID) bool { return a == b }),
 		cmp.Comparer(func(a, b spiffeid.TrustDomain) bool { return a == b }),
+		cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }),
 		cmp.Comparer(func(a, b segment.Caller) bool { return a == b }),
-		cmp.Comparer(func(a, b segment.Gateway) bool { return a == b }),
 	}
 }
 
@@ -83,6 +84,7 @@ func TestAssemble(t *testing.T) {
 		t.Fatal(problems)
 	}
 	id := func(s string) spiffeid.ID { return spiffeid.RequireFromString("spiffe://example.org/" + s) }
+	partner, away := spiffeid.RequireTrustDomainFromString("partner.example"), spiffeid.RequireTrustDomainFromString("away.example")
 	caller := func(s string) segment.Caller {
 		c, err := segment.ParseCaller(s)
 		if err != nil {
@@ -92,7 +94,7 @@ func TestAssemble(t *testing.T) {
 	}
 	want := segment.Config{
 		TrustDomain: testOptions().TrustDomain,
-		Gateway:     testOptions().Gateway,
+		Gateways:    []segment.Gateway{*testOptions().Gateway},
 		Endpoints: []segment.Endpoint{{
 			Name: "chat", Labels: map[string]string{"tier": "prod"}, Hostnames: []string{"chat.models.internal", "llm.internal"}, Protocol: segment.OpenAI,
 			Backends: []segment.Backend{
@@ -114,7 +116,8 @@ func TestAssemble(t *testing.T) {
 			Database: segment.Database{Tenant: "default_tenant", Name: "hr"},
 		}},
 		Workloads: []segment.Workload{
-			{Name: "indexer", Labels: map[string]string{"team": "search"}, ID: id("indexer"), Selectors: []segment.Selector{{Type: "unix", Value: "user:indexer"}}},
+			{Name: "indexer", Labels: map[string]string{"team": "search"}, ID: id("indexer"), Selectors: []segment.Selector{{Type: "unix", Value: "user:indexer"}},
+				FederatesWith: []spiffeid.TrustDomain{away, partner}},
 			{Name: "rag-app", Labels: map[string]string{"team": "search", "tier": "web"}, ID: id("rag-app"),
 				Selectors: []segment.Selector{{Type: "unix", Value: "path:/usr/bin/app"}, {Type: "unix", Value: "uid:1000"}}},
 		},
@@ -126,23 +129,42 @@ func TestAssemble(t *testing.T) {
 				{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"handbook", "public-*"}},
 			},
 			Expires: time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
-			Pos:     segment.Pos{File: "good.yaml", Line: 51, Column: 1},
+			Pos:     segment.Pos{File: "good.yaml", Line: 52, Column: 1},
 		}, {
 			Name: "not-payroll", Effect: segment.Deny, Mode: segment.Shadow,
 			From: []segment.Caller{caller("spiffe://example.org/rag-app")},
 			To:   []segment.Target{{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"*"}}},
-			Pos:  segment.Pos{File: "good.yaml", Line: 67, Column: 1},
+			Pos:  segment.Pos{File: "good.yaml", Line: 68, Column: 1},
 		}},
+		Federated: []segment.TrustDomain{
+			{Name: "away", Domain: away, BundleFile: "/etc/sallyport/away.json",
+				Endpoint: segment.BundleEndpoint{URL: "https://[2001:db8::1]:8443", Profile: segment.HTTPSSPIFFE, ID: spiffeid.RequireFromPath(away, "/spire/server")}},
+			{Name: "by-another", Domain: spiffeid.RequireTrustDomainFromString("third.example"),
+				Endpoint: segment.BundleEndpoint{URL: "https://spiffe.away.example/third", Profile: segment.HTTPSSPIFFE, ID: spiffeid.RequireFromPath(away, "/spire/server")}},
+			{Name: "partner", Domain: partner, Bundle: bundleOf(t, "good.yaml"), Refresh: 90 * time.Minute,
+				Endpoint: segment.BundleEndpoint{URL: "https://spiffe.partner.example/bundle?of=all", Profile: segment.HTTPSWeb, CAFile: "/etc/ssl/certs/ca-certificates.crt"}},
+		},
 	}
 	if diff := cmp.Diff(want, got, same()...); diff != "" {
 		t.Errorf("config (-want +got):\n%s", diff)
 	}
 }
 
+// bundleOf returns the bundle that stands in a file of documents, as the last block of text in it.
+func bundleOf(t *testing.T, file string) string {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join("testdata", file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(string(data), "  bundle: |\n")
+	return strings.ReplaceAll("\n"+block, "\n    ", "\n")[1:]
+}
+
 func TestNothingIsAConfiguration(t *testing.T) {
 	o := testOptions()
 	config, problems := Assemble(nil, o)
-	want := segment.Config{TrustDomain: o.TrustDomain, Gateway: o.Gateway}
+	want := segment.Config{TrustDomain: o.TrustDomain, Gateways: []segment.Gateway{*o.Gateway}}
 	if diff := cmp.Diff(want, config, same()...); problems != nil || diff != "" {
 		t.Errorf("problems %v, config %s", problems, diff)
 	}

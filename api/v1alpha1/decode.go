@@ -14,8 +14,9 @@ import (
 )
 
 const (
-	maxText     = 2048 // bytes of one text; annotations may be longer
-	maxProblems = 100  // that are reported of one document
+	maxText     = 2048     // bytes of one text; annotations may be longer
+	maxBundle   = 64 << 10 // bytes of a bundle that stands in a document
+	maxProblems = 100      // that are reported of one document
 )
 
 // decoder fills one document from its nodes. It walks the types, not the input, so its depth is that of the types.
@@ -32,10 +33,14 @@ func (s schema) document(n *yaml.Node) Document {
 	switch kindOf(n) {
 	case KindEndpoint:
 		doc.Spec = new(EndpointSpec)
+	case KindGateway:
+		doc.Spec = new(GatewaySpec)
 	case KindWorkload:
 		doc.Spec = new(WorkloadSpec)
 	case KindGrant:
 		doc.Spec = new(GrantSpec)
+	case KindTrustDomain:
+		doc.Spec = new(TrustDomainSpec)
 	}
 	d.enter(mark{}, n)
 	d.value(n, reflect.ValueOf(&doc).Elem())
@@ -260,7 +265,7 @@ func (d *decoder) labels(n *yaml.Node, v reflect.Value) {
 	v.Set(reflect.ValueOf(m))
 }
 
-// labelValue is the only text that may be empty, of several lines or long.
+// labelValue is the only text that may be empty; with bundleText, the only one of several lines or long.
 type labelValue string
 
 func (d *decoder) items(n *yaml.Node, v reflect.Value) {
@@ -280,6 +285,15 @@ func (d *decoder) text(n *yaml.Node, v reflect.Value) {
 	enum := d.schema.of(v.Type()).allowed
 	switch {
 	case v.Type() == reflect.TypeFor[labelValue]():
+	case v.Type() == reflect.TypeFor[bundleText]():
+		if len(n.Value) > maxBundle {
+			d.report(n, "too-large", fmt.Sprintf("is longer than %d KiB", maxBundle>>10), "write it to a file, and the file's path in bundleFile")
+			return
+		}
+		if strings.TrimSpace(n.Value) == "" {
+			d.report(n, "empty-value", "is empty", "write a value, or leave the field out if it is optional")
+			return
+		}
 	case len(n.Value) > maxText:
 		d.report(n, "too-large", fmt.Sprintf("is longer than %d bytes", maxText), "")
 		return

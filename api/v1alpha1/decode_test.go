@@ -164,6 +164,9 @@ func anything(most int) *rapid.Generator[[]string] {
 			"Workload|{spiffeID: 'spiffe://example.org/%s', selectors: ['unix:user:%s']}",
 			"Grant|{from: [{workload: %s}], to: [{endpoint: %s, operations: [Infer], resources: ['*']}]}",
 			"Grant|{effect: Deny, from: [{workloadSelector: {matchLabels: {of: %s}}}], to: [{endpoint: %s, operations: [Read, Write], resources: [%[1]s, '%[2]s*']}]}",
+			"TrustDomain|{trustDomain: %s.test, bundleEndpoint: {url: 'https://%s.test/', profile: https_web}}",
+			"TrustDomain|{trustDomain: %s, bundleEndpoint: {url: 'https://x', profile: https_spiffe, endpointSPIFFEID: 'spiffe://%s.test/b'}}",
+			"Grant|{from: [{trustDomain: %s.test}], to: [{endpoint: %s, operations: [Infer], resources: ['*']}]}",
 			"Grant|{form: [{workload: %s}], to: %s}",
 			"Grand|[%s, %s",
 		}).Draw(t, "spec")
@@ -255,7 +258,7 @@ func FuzzDecode(f *testing.F) {
 		if problems != nil {
 			return
 		}
-		if len(config.Endpoints)+len(config.Workloads)+len(config.Grants) != len(docs) {
+		if len(config.Endpoints)+len(config.Workloads)+len(config.Grants)+len(config.Federated) != len(docs) {
 			t.Errorf("%d documents became %+v", len(docs), config)
 		}
 		for _, g := range config.Grants {

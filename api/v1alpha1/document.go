@@ -16,7 +16,7 @@ type Document struct {
 	APIVersion APIVersion `json:"apiVersion"`
 	Kind       Kind       `json:"kind"`
 	Metadata   Metadata   `json:"metadata"`
-	Spec       any        `json:"spec"` // *EndpointSpec, *WorkloadSpec or *GrantSpec; nil: the document is unreadable
+	Spec       any        `json:"spec"` // *EndpointSpec and so on; nil: the document is unreadable
 
 	file     string
 	above    int              // lines of the file above the text that all positions below count from

@@ -79,13 +79,17 @@ func (a *assembler) callers(d *Document, i int, from *From) []segment.Caller {
 		case caller.String() == caller.TrustDomain().IDString():
 			a.report(d, "bad-spiffe-id", at(".spiffeID"), fmt.Sprintf("is %q, which is nobody", from.SPIFFEID),
 				fmt.Sprintf("for everyone in it write trustDomain: %s", caller.TrustDomain().Name()))
+		default:
+			a.knows(d, at(".spiffeID"), caller.TrustDomain())
 		}
 		return []segment.Caller{caller}
 	default:
 		td, err := spiffeid.TrustDomainFromString(from.TrustDomain)
 		if err != nil || td.Name() != from.TrustDomain {
 			a.report(d, "bad-trust-domain", at(".trustDomain"), fmt.Sprintf("is %q", from.TrustDomain),
-				"write the name alone, in lower case, like example.org")
+				trustDomainHint)
+		} else {
+			a.knows(d, at(".trustDomain"), td)
 		}
 		return []segment.Caller{segment.CallersIn(td)}
 	}

@@ -44,7 +44,7 @@ func allowed(t reflect.Type) []string {
 	case reflect.TypeFor[APIVersion]():
 		return []string{string(Version)}
 	case reflect.TypeFor[Kind]():
-		return texts([]Kind{KindEndpoint, KindGrant, KindWorkload})
+		return texts([]Kind{KindEndpoint, KindGateway, KindGrant, KindTrustDomain, KindWorkload})
 	case reflect.TypeFor[segment.Protocol]():
 		return texts(segment.Protocols())
 	case reflect.TypeFor[segment.Operation]():
@@ -53,6 +53,8 @@ func allowed(t reflect.Type) []string {
 		return texts([]segment.Effect{segment.Allow, segment.Deny})
 	case reflect.TypeFor[segment.Mode]():
 		return texts([]segment.Mode{segment.Enforce, segment.Shadow})
+	case reflect.TypeFor[segment.EndpointProfile]():
+		return texts([]segment.EndpointProfile{segment.HTTPSWeb, segment.HTTPSSPIFFE})
 	case reflect.TypeFor[segment.TLSMode]():
 		return texts([]segment.TLSMode{segment.TLSNone, segment.TLSServer, segment.TLSMutual})
 	}

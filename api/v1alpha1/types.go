@@ -24,11 +24,13 @@ const Version APIVersion = "sallyport.dev/v1alpha1"
 // Kind is what a document describes.
 type Kind string
 
-// The kinds that are read; see EndpointSpec, WorkloadSpec and GrantSpec.
+// The kinds that are read; see EndpointSpec and so on.
 const (
-	KindEndpoint Kind = "Endpoint"
-	KindWorkload Kind = "Workload"
-	KindGrant    Kind = "Grant"
+	KindGateway     Kind = "Gateway"
+	KindEndpoint    Kind = "Endpoint"
+	KindWorkload    Kind = "Workload"
+	KindGrant       Kind = "Grant"
+	KindTrustDomain Kind = "TrustDomain"
 )
 
 // Metadata names a document, as in Kubernetes.
@@ -78,7 +80,19 @@ type Database struct {
 // WorkloadSpec is who may hold an identity; see segment.Workload.
 type WorkloadSpec struct {
 	SPIFFEID  string   `json:"spiffeID"`
-	Selectors []string `json:"selectors"` // "unix:uid:1000"; all must hold
+	Selectors []string `json:"selectors"`       // "unix:uid:1000"; all must hold
+	Nodes     []string `json:"nodes,omitempty"` // names of agents; default: the machine of the control plane, with `up`
+	// FederatesWith are TrustDomains, by metadata.name or spec.trustDomain, whose bundles the workload gets.
+	FederatesWith []string `json:"federatesWith,omitempty"`
+}
+
+// GatewaySpec is an Envoy on a machine with an agent; see segment.Gateway.
+type GatewaySpec struct {
+	Listen           string            `json:"listen"`                     // IP address and port on which it accepts callers
+	Node             string            `json:"node"`                       // name of the agent on its machine
+	Selectors        []string          `json:"selectors"`                  // how its Envoy is recognised there; all must hold
+	Endpoints        []string          `json:"endpoints,omitempty"`        // names of those that it serves; default: all
+	EndpointSelector *WorkloadSelector `json:"endpointSelector,omitempty"` // or by their labels
 }
 
 // GrantSpec says what some callers may do; see segment.Grant.
@@ -89,6 +103,26 @@ type GrantSpec struct {
 	To      []To           `json:"to"`
 	Expires *time.Time     `json:"expires,omitempty"` // RFC 3339; from this moment on the grant does not hold
 }
+
+// TrustDomainSpec is another trust domain that is federated with; see segment.TrustDomain.
+type TrustDomainSpec struct {
+	TrustDomain    string         `json:"trustDomain"` // "other.org"
+	BundleEndpoint BundleEndpoint `json:"bundleEndpoint"`
+	Bundle         bundleText     `json:"bundle,omitempty"`     // initial SPIFFE bundle, JSON
+	BundleFile     string         `json:"bundleFile,omitempty"` // or the path of one on the control plane's machine
+	Refresh        string         `json:"refresh,omitempty"`    // "10m"; default: what the bundle says
+}
+
+// BundleEndpoint is where a bundle is fetched. A field that does not belong to the profile is refused.
+type BundleEndpoint struct {
+	URL              string                  `json:"url"` // https
+	Profile          segment.EndpointProfile `json:"profile"`
+	CAFile           string                  `json:"caFile,omitempty"`           // https_web; default: what the system trusts
+	EndpointSPIFFEID string                  `json:"endpointSPIFFEID,omitempty"` // https_spiffe, required
+}
+
+// bundleText is a document within the document: long, and of several lines.
+type bundleText string
 
 // From is some callers, by exactly one of its fields.
 type From struct {
