@@ -9,6 +9,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"sallyport.dev/authz"
@@ -28,7 +30,7 @@ type Generation struct {
 	Config    segment.Config
 	Policy    *authz.Policy
 	Names     envoy.Names
-	Resources *envoy.Resources
+	Resources map[segment.GatewayName]*envoy.Resources
 	Made      time.Time
 }
 
@@ -44,9 +46,16 @@ func Regenerate(last *Generation, cfg segment.Config, names envoy.Names, now tim
 		last = &Generation{}
 	}
 	g := &Generation{Config: cfg, Policy: authz.Recompile(last.Policy, &cfg, now), Names: names, Made: now}
-	g.Resources = envoy.Relower(last.Resources, &cfg, g.Policy, names)
-	if err := envoy.Recheck(last.Resources, g.Resources); err != nil {
-		return nil, fmt.Errorf("check what was lowered: %w", err)
+	g.Resources = make(map[segment.GatewayName]*envoy.Resources, len(cfg.Gateways))
+	earlier := slices.Collect(maps.Values(last.Resources))
+	for _, gateway := range cfg.Gateways {
+		only := cfg.For(gateway)
+		r := envoy.Lower(&only, g.Policy, names, earlier...)
+		if err := envoy.Check(r, earlier...); err != nil {
+			return nil, fmt.Errorf("check what was lowered for gateway %s: %w", gateway.Name, err)
+		}
+		g.Resources[gateway.Name] = r
+		earlier = append(earlier, r) // gateways share what they have in common
 	}
 	g.Digest = digest(g)
 	return g, nil
@@ -55,11 +64,18 @@ func Regenerate(last *Generation, cfg segment.Config, names envoy.Names, now tim
 // digest covers the resources and the identities, which is all that has an effect.
 func digest(g *Generation) Digest {
 	h := sha256.New()
-	for field, m := range g.Resources.All() {
-		fmt.Fprintf(h, "%s %s\n", field, g.Resources.Version(m))
+	for _, gateway := range g.Config.Gateways {
+		fmt.Fprintf(h, "%q %q %q %q\n", gateway.Name, gateway.ID, gateway.Node, gateway.Selectors)
+		r := g.Resources[gateway.Name]
+		for field, m := range r.All() {
+			fmt.Fprintf(h, "%s %s\n", field, r.Version(m))
+		}
 	}
 	for _, w := range g.Config.Workloads {
-		fmt.Fprintf(h, "%q %q %q\n", w.Name, w.ID, w.Selectors)
+		fmt.Fprintf(h, "%q %q %q %q %q\n", w.Name, w.ID, w.Selectors, w.Nodes, w.FederatesWith)
+	}
+	for _, td := range g.Config.Federated {
+		fmt.Fprintf(h, "%+v\n", td)
 	}
 	return Digest(hex.EncodeToString(h.Sum(nil)))
 }

@@ -127,7 +127,7 @@ func newFixture(t *testing.T, address string) *fixture {
 	f := &fixture{t: t, address: address}
 	cfg, problems := v1alpha1.Assemble(v1alpha1.Decode("test.yaml", fmt.Appendf(nil, documents, address)), v1alpha1.Options{
 		TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"),
-		Gateway:     segment.Gateway{Name: "local", ID: spiffeid.RequireFromString("spiffe://example.org/gateway/local"), SVIDTTL: time.Hour}})
+		Gateway:     &segment.Gateway{Name: "local", ID: spiffeid.RequireFromString("spiffe://example.org/gateway/local"), SVIDTTL: time.Hour}})
 	if len(problems) > 0 {
 		t.Fatal(problems)
 	}

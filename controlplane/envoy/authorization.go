@@ -51,42 +51,70 @@ type limits struct {
 // A shard of this size takes some ten milliseconds of Envoy's main thread.
 var defaultLimits = limits{writtenOut: 20000, saves: 4, shard: 2000}
 
-// MembersName is the ECDS resource that puts an endpoint's callers into classes.
+// What an endpoint's authorization is depends on its form, and so do the names of its ECDS resources: a filter chain
+// has them all of one form, whatever comes when.
+
+// MembersName is the ECDS resource that takes callers as they are.
 func MembersName(e segment.EndpointName) string { return "authz/" + string(e) + "/members" }
+
+// ClassesName is the one that puts them into classes.
+func ClassesName(e segment.EndpointName) string { return "authz/" + string(e) + "/classes" }
 
 // NamesName is the ECDS resource that turns an endpoint's UUIDs into names.
 func NamesName(e segment.EndpointName) string { return "authz/" + string(e) + "/names" }
 
-// RightsName is the ECDS resource that decides at an endpoint.
+// RightsName is the ECDS resource that decides at an endpoint, or the filter that chooses a shard of it.
 func RightsName(e segment.EndpointName) string { return "authz/" + string(e) + "/rights" }
+
+// ClassRightsName is the one that decides about classes.
+func ClassRightsName(e segment.EndpointName) string { return RightsName(e) + "/classes" }
 
 func (r *Resources) authorization(e *segment.Endpoint, policy *authz.Endpoint, names map[string]string) []*corev3.TypedExtensionConfig {
 	if policy == nil {
 		policy = &authz.Endpoint{}
 	}
 	all := membersOf(policy)
-	from := origin{members: all, shadowed: policy.Shadowed, classes: r.limits.useClasses(policy, all)}
-	extensions := []*corev3.TypedExtensionConfig{
-		r.extension(MembersName(e.Name), from, func() proto.Message { return members(from) }),
+	r.members[e.Name] = all
+	f := form{classes: r.limits.useClasses(policy, all)}
+	if !f.classes && weight(all) > r.limits.shard {
+		f.shards = r.limits.cut(all)
+	}
+	r.forms[e.Name], r.shards[e.Name] = f, f.shards
+	from := origin{members: all, shadowed: policy.Shadowed, classes: f.classes}
+	var extensions []*corev3.TypedExtensionConfig
+	if f.classes {
+		extensions = append(extensions, r.extension(ClassesName(e.Name), from, func() proto.Message { return members(from) }),
+			r.extension(ClassRightsName(e.Name), from, func() proto.Message { return rights(policy, from) }))
+	} else {
+		extensions = append(extensions, r.extension(MembersName(e.Name), origin{}, func() proto.Message { return members(origin{}) }))
 	}
 	if addressesByID(e.Protocol) {
 		extensions = append(extensions, extension(NamesName(e.Name), resolve(names)))
 	}
-	if from.classes || weight(all) <= r.limits.shard {
-		return append(extensions, r.extension(RightsName(e.Name), from, func() proto.Message { return rights(policy, from) }))
-	}
-	r.shards[e.Name] = r.limits.split(all, "", nil, nil)
-	for _, s := range r.shards[e.Name] {
+	for _, s := range f.shards {
 		part := origin{members: s.members, shadowed: from.shadowed}
 		extensions = append(extensions, r.extension(s.name(e.Name), part, func() proto.Message { return rights(policy, part) }))
 	}
+	if !f.classes && f.shards == nil {
+		extensions = append(extensions, r.extension(RightsName(e.Name), from, func() proto.Message { return rights(policy, from) }))
+	}
 	return extensions
+}
+
+// form is how an endpoint's rights are lowered.
+type form struct {
+	classes bool
+	shards  []shard // nil: as a whole
 }
 
 // origin is what one resource is made of.
 type origin struct {
 	members           []member
 	classes, shadowed bool
+}
+
+func (o origin) equal(other origin) bool {
+	return o.shadowed == other.shadowed && o.classes == other.classes && slices.Equal(o.members, other.members)
 }
 
 type made struct {
@@ -96,12 +124,15 @@ type made struct {
 
 // extension makes a resource, unless it has been made before of the same.
 func (r *Resources) extension(name string, from origin, make func() proto.Message) *corev3.TypedExtensionConfig {
-	before, ok := r.before[name]
-	if !ok || before.from.shadowed != from.shadowed || before.from.classes != from.classes || !slices.Equal(before.from.members, from.members) {
-		before = made{from, extension(name, make())}
+	for _, e := range r.earlier {
+		before, ok := e.made[name]
+		if ok && before.from.equal(from) {
+			r.made[name] = before
+			return before.it
+		}
 	}
-	r.made[name] = before
-	return before.it
+	r.made[name] = made{from: from, it: extension(name, make())}
+	return r.made[name].it
 }
 
 // useClasses decides by size alone.

@@ -11,6 +11,7 @@ import (
 	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
 	heapv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/fixed_heap/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -25,6 +26,15 @@ type Sockets struct {
 	Identity string // SDS
 	Catalog  string
 	Admin    string // Envoy's own administration, which it opens itself
+	// Remote is where the control plane is instead of Control and Catalog, if it is on another machine.
+	Remote *Remote
+}
+
+// Remote is a control plane on another machine. The link is mTLS with SPIFFE IDs on both sides.
+type Remote struct {
+	Address segment.Address
+	ID      spiffeid.ID // whom the control plane must be
+	Own     spiffeid.ID // whom the gateway is, by its identity socket
 }
 
 // A gateway holds so many callers' connections at once, and one more is refused. Bodies are read before anything is
@@ -38,6 +48,8 @@ const (
 // Bootstrap is what an Envoy is started with: who it is and where its control plane is, and nothing else.
 func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootstrap {
 	ads := grpcTo(ControlCluster)
+	ads.GetEnvoyGrpc().RetryPolicy = &corev3.RetryPolicy{RetryBackOff: &corev3.BackoffStrategy{ // of the stream: seconds, not half a minute
+		BaseInterval: durationpb.New(500 * time.Millisecond), MaxInterval: durationpb.New(5 * time.Second)}}
 	return &bootstrapv3.Bootstrap{
 		Node:  &corev3.Node{Id: string(gateway), Cluster: "sallyport"},
 		Admin: &bootstrapv3.Admin{Address: pipe(sockets.Admin)},
@@ -52,9 +64,9 @@ func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootst
 			},
 		},
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{Clusters: []*clusterv3.Cluster{
-			planeCluster(ControlCluster, sockets.Control, true),
+			sockets.cluster(ControlCluster, sockets.Control, true),
 			planeCluster(IdentityCluster, sockets.Identity, true),
-			planeCluster(CatalogCluster, sockets.Catalog, false),
+			sockets.cluster(CatalogCluster, sockets.Catalog, false),
 		}},
 		OverloadManager: &overloadv3.OverloadManager{
 			ResourceMonitors: []*overloadv3.ResourceMonitor{
@@ -90,6 +102,19 @@ func onHeap(action string, part float64) *overloadv3.OverloadAction {
 	}}}
 }
 
+// cluster leads to the control plane, wherever it is.
+func (s Sockets) cluster(name, socket string, http2 bool) *clusterv3.Cluster {
+	if s.Remote == nil {
+		return planeCluster(name, socket, http2)
+	}
+	c := planeCluster(name, "", true)
+	c.ConnectTimeout = durationpb.New(5 * time.Second)
+	c.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STRICT_DNS}
+	c.LoadAssignment.Endpoints[0].LbEndpoints[0].GetEndpoint().Address = socketAddress(s.Remote.Address.Host, s.Remote.Address.Port)
+	c.TransportSocket = upstreamTLS(segment.BackendTLS{Mode: segment.TLSMutual, ID: s.Remote.ID}, segment.Gateway{ID: s.Remote.Own}, "h2")
+	return c
+}
+
 func planeCluster(name, socket string, http2 bool) *clusterv3.Cluster {
 	c := &clusterv3.Cluster{
 		Name:                 name,
@@ -105,7 +130,9 @@ func planeCluster(name, socket string, http2 bool) *clusterv3.Cluster {
 				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
 					ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
 						ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
-							Http2ProtocolOptions: &corev3.Http2ProtocolOptions{}}}}})}
+							// So that a control plane that is cut off is noticed, and asked again.
+							Http2ProtocolOptions: &corev3.Http2ProtocolOptions{ConnectionKeepalive: &corev3.KeepaliveSettings{
+								Interval: durationpb.New(30 * time.Second), Timeout: durationpb.New(10 * time.Second)}}}}}})}
 	}
 	return c
 }

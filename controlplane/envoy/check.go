@@ -33,10 +33,9 @@ import (
 
 // Check reads what was lowered once more, knowing nothing of how it came about, and returns everything that would
 // open something or break something. What does not pass is never published.
-func Check(r *Resources) error { return Recheck(nil, r) }
-
-// Recheck is Check for one who has earlier resources that have passed, or nil: extensions that both share are not read again.
-func Recheck(passed, r *Resources) error {
+//
+// Extensions that are also in resources that have passed are not read again.
+func Check(r *Resources, passed ...*Resources) error {
 	c := &checker{
 		clusters:    map[string]bool{CatalogCluster: true},
 		assignments: map[string]*endpointv3.ClusterLoadAssignment{},
@@ -62,8 +61,8 @@ func Recheck(passed, r *Resources) error {
 		c.route(x)
 	}
 	known := map[*corev3.TypedExtensionConfig]bool{}
-	if passed != nil {
-		for _, x := range passed.Extensions {
+	for _, p := range passed {
+		for _, x := range p.Extensions {
 			known[x] = true
 		}
 	}
@@ -216,12 +215,16 @@ func (c *checker) downstream(socket *anypb.Any) {
 // prepare the question, in its order, and directly before the router, which comes last.
 func (c *checker) filters(endpoint segment.EndpointName, filters []*hcmv3.HttpFilter) {
 	n := len(filters)
-	if n < 2 || !filters[n-1].GetTypedConfig().MessageIs(&routerv3.Router{}) || filters[n-2].Name != RightsName(endpoint) {
+	members, rights := MembersName(endpoint), RightsName(endpoint)
+	if c.extensions[ClassesName(endpoint)] {
+		members, rights = ClassesName(endpoint), ClassRightsName(endpoint)
+	}
+	if n < 2 || !filters[n-1].GetTypedConfig().MessageIs(&routerv3.Router{}) || filters[n-2].Name != rights {
 		c.wrong("does not decide directly before it forwards")
 	} else if filters[n-2].GetConfigDiscovery() == nil {
 		c.chooses(endpoint, filters[n-2].GetTypedConfig())
 	}
-	order := []string{bodyFilter, extractFilter, judgedFilter, MembersName(endpoint), questionFilter, RightsName(endpoint), routerFilter}
+	order := []string{bodyFilter, extractFilter, judgedFilter, members, questionFilter, rights, routerFilter}
 	if c.extensions[NamesName(endpoint)] {
 		order = slices.Insert(order, 4, NamesName(endpoint))
 	}
@@ -294,7 +297,11 @@ func (c *checker) chooses(endpoint segment.EndpointName, filter *anypb.Any) {
 	for prefix, branch := range prefixes {
 		dynamic := run(branch).GetDynamicConfig()
 		kind, ok := strings.CutPrefix(dynamic.GetName(), RightsName(endpoint)+"/")
-		if !ok || !c.extensions[dynamic.GetName()] || kind != "all/"+prefix && kind != "rest/"+prefix {
+		if cuts, is := strings.CutPrefix(kind, "rest/"); is {
+			_, kind, _ = strings.Cut(cuts, "/")
+			kind = "all/" + kind
+		}
+		if !ok || !c.extensions[dynamic.GetName()] || kind != "all/"+prefix {
 			c.wrong("leads %q to %q, which does not exist or is another's", prefix, dynamic.GetName())
 		}
 		if !proto.Equal(dynamic.GetConfigDiscovery(), deniesUntil()) {

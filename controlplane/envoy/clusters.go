@@ -90,8 +90,12 @@ func pooled(e *segment.Endpoint, name string, members []segment.BackendName, g s
 // atOnce is how many requests a gateway has under way to a backend: streams are long, and Envoy's own limit is short.
 func atOnce() *wrapperspb.UInt32Value { return wrapperspb.UInt32(10_000) }
 
-func upstreamTLS(t segment.BackendTLS, g segment.Gateway) *corev3.TransportSocket {
-	common := &tlsv3.CommonTlsContext{}
+func upstreamTLS(t segment.BackendTLS, g segment.Gateway, protocols ...string) *corev3.TransportSocket {
+	common := &tlsv3.CommonTlsContext{
+		AlpnProtocols: protocols,
+		// As a client, Envoy by itself goes no further than 1.2.
+		TlsParams: &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2, TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
+	}
 	up := &tlsv3.UpstreamTlsContext{CommonTlsContext: common}
 	switch t.Mode {
 	case segment.TLSNone: // Assemble allows it for loopback only, and Check looks again

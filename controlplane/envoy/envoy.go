@@ -31,11 +31,14 @@ type Resources struct {
 	Clusters    []*clusterv3.Cluster                // CDS
 	Assignments []*endpointv3.ClusterLoadAssignment // EDS
 
-	policy       *authz.Policy
-	limits       limits
-	shards       map[segment.EndpointName][]shard
-	before, made map[string]made // extensions, and what they are made of
-	versions     map[proto.Message]string
+	policy   *authz.Policy
+	limits   limits
+	shards   map[segment.EndpointName][]shard
+	members  map[segment.EndpointName][]member
+	forms    map[segment.EndpointName]form
+	earlier  []*Resources
+	made     map[string]made // extensions, and what they are made of
+	versions map[proto.Message]string
 }
 
 // Names tells, for each endpoint whose protocol addresses resources by UUID, which UUID is which resource's now.
@@ -54,21 +57,15 @@ const validationSecret = "ALL"
 
 // Lower makes the resources of the configuration's gateway. Editing one endpoint leaves those of all others as they
 // were, byte for byte, and changing a grant changes nothing but the endpoint's "rights" and "members".
-func Lower(cfg *segment.Config, policy *authz.Policy, names Names) *Resources {
-	return Relower(nil, cfg, policy, names)
+//
+// What is equal in earlier resources is taken over: the result is the same, sooner made, and extensions that are as they
+// were are the same pointers.
+func Lower(cfg *segment.Config, policy *authz.Policy, names Names, earlier ...*Resources) *Resources {
+	return lower(defaultLimits, cfg, policy, names, earlier...)
 }
 
-// Relower is Lower for one who has earlier resources, or nil. What it makes is the same; it is sooner made, and
-// extensions that are as they were are the same pointers.
-func Relower(last *Resources, cfg *segment.Config, policy *authz.Policy, names Names) *Resources {
-	return lower(defaultLimits, last, cfg, policy, names)
-}
-
-func lower(l limits, last *Resources, cfg *segment.Config, policy *authz.Policy, names Names) *Resources {
-	r := &Resources{policy: policy, limits: l, shards: map[segment.EndpointName][]shard{}, made: map[string]made{}}
-	if last != nil {
-		r.before = last.made
-	}
+func lower(l limits, cfg *segment.Config, policy *authz.Policy, names Names, earlier ...*Resources) *Resources {
+	r := &Resources{policy: policy, limits: l, shards: map[segment.EndpointName][]shard{}, members: map[segment.EndpointName][]member{}, forms: map[segment.EndpointName]form{}, earlier: earlier, made: map[string]made{}}
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
 		r.Routes = append(r.Routes, routes(e))
@@ -78,12 +75,12 @@ func lower(l limits, last *Resources, cfg *segment.Config, policy *authz.Policy,
 		r.Assignments = append(r.Assignments, assignments...)
 	}
 	if len(cfg.Endpoints) > 0 {
-		r.Listeners = []*listenerv3.Listener{listener(cfg, r.shards)}
+		r.Listeners = []*listenerv3.Listener{listener(cfg, r.forms)}
 	}
-	r.before = nil
 	slices.SortFunc(r.Extensions, byName)
 	slices.SortFunc(r.Clusters, byName)
-	r.remember(last)
+	r.remember()
+	r.earlier = nil
 	return r
 }
 
@@ -96,14 +93,18 @@ func (r *Resources) Version(m proto.Message) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// remember keeps the versions of all resources, of those that the last resources shared without reading them again.
-func (r *Resources) remember(last *Resources) {
-	if last == nil {
-		last = &Resources{}
-	}
+// remember keeps the versions of all resources; those that earlier ones share are not read again.
+func (r *Resources) remember() {
 	versions := map[proto.Message]string{}
 	for _, m := range r.All() {
-		versions[m] = last.Version(m)
+		for _, e := range r.earlier {
+			if versions[m] == "" {
+				versions[m] = e.versions[m]
+			}
+		}
+		if versions[m] == "" {
+			versions[m] = r.Version(m)
+		}
 	}
 	r.versions = versions
 }

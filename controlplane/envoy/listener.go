@@ -36,7 +36,7 @@ const (
 	routerFilter   = "router"
 )
 
-func listener(cfg *segment.Config, shards map[segment.EndpointName][]shard) *listenerv3.Listener {
+func listener(cfg *segment.Config, forms map[segment.EndpointName]form) *listenerv3.Listener {
 	l := &listenerv3.Listener{
 		Name:    ListenerName,
 		Address: socketAddress(cfg.Gateway.Listen.Addr().String(), cfg.Gateway.Listen.Port()),
@@ -57,7 +57,7 @@ func listener(cfg *segment.Config, shards map[segment.EndpointName][]shard) *lis
 			TransportSocketConnectTimeout: durationpb.New(10 * time.Second),
 			Filters: []*listenerv3.Filter{{
 				Name:       "http",
-				ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: pack(connectionManager(e, cfg.Gateway, shards[e.Name]))},
+				ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: pack(connectionManager(e, cfg.Gateway, forms[e.Name]))},
 			}},
 		})
 	}
@@ -87,12 +87,12 @@ func downstreamTLS(g segment.Gateway) *corev3.TransportSocket {
 // callers that renew later: a request on a certificate that has ended is refused.)
 func MaxConnectionAge(svidTTL time.Duration) time.Duration { return svidTTL / 4 }
 
-func connectionManager(e *segment.Endpoint, g segment.Gateway, shards []shard) *hcmv3.HttpConnectionManager {
+func connectionManager(e *segment.Endpoint, g segment.Gateway, form form) *hcmv3.HttpConnectionManager {
 	return &hcmv3.HttpConnectionManager{
 		StatPrefix: string(e.Name),
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
 			RouteConfigName: RoutesName(e.Name), ConfigSource: fromADS()}},
-		HttpFilters:      filters(e, shards),
+		HttpFilters:      filters(e, form),
 		LocalReplyConfig: localReplies(e),
 		Tracing:          tracing(e),
 		AccessLog:        requests(e),
@@ -136,16 +136,19 @@ func nobody() []*corev3.CidrRange {
 // filters is the way of a request through an endpoint. The body is read first, so that a denied caller has sent it
 // all and sees the answer (HTTP/2 clients take an answer before that for a broken stream). Nothing after rights
 // may clear the route cache.
-func filters(e *segment.Endpoint, shards []shard) []*hcmv3.HttpFilter {
-	rights := discovered(RightsName(e.Name))
-	if len(shards) > 0 {
-		rights = filter(RightsName(e.Name), choice(e.Name, shards))
+func filters(e *segment.Endpoint, form form) []*hcmv3.HttpFilter {
+	members, rights := discovered(MembersName(e.Name), typeURL(&setstatev3.Config{})), discovered(RightsName(e.Name))
+	switch {
+	case form.classes:
+		members, rights = discovered(ClassesName(e.Name), typeURL(&commonmatchingv3.ExtensionWithMatcher{})), discovered(ClassRightsName(e.Name))
+	case form.shards != nil:
+		rights = filter(RightsName(e.Name), choice(e.Name, form.shards))
 	}
 	list := []*hcmv3.HttpFilter{
 		filter(bodyFilter, &bufferv3.Buffer{MaxRequestBytes: wrapperspb.UInt32(MaxBodyBytes)}),
 		filter(extractFilter, extractor()),
 		filter(judgedFilter, setState(judged(e)...)),
-		discovered(MembersName(e.Name), typeURL(&commonmatchingv3.ExtensionWithMatcher{}), typeURL(&setstatev3.Config{})),
+		members,
 	}
 	if addressesByID(e.Protocol) {
 		list = append(list, discovered(NamesName(e.Name), typeURL(&commonmatchingv3.ExtensionWithMatcher{})))
@@ -161,18 +164,19 @@ func filter(name string, config proto.Message) *hcmv3.HttpFilter {
 	return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: pack(config)}}
 }
 
-// discovered is a filter that comes by ECDS and denies everything until it has come.
+// discovered is a filter that comes by ECDS. A filter chain is not used before it has come, so that none takes the place
+// of another whose rights are known; should it not come at all, it denies everything.
 func discovered(name string, types ...string) *hcmv3.HttpFilter {
-	source := deniesUntil(types...)
-	source.ApplyDefaultConfigWithoutWarming = true
-	return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_ConfigDiscovery{ConfigDiscovery: source}}
+	return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_ConfigDiscovery{ConfigDiscovery: deniesUntil(types...)}}
 }
 
 // deniesUntil is where a filter comes from that denies everything until it has come. RBAC it may always be.
 func deniesUntil(types ...string) *corev3.ExtensionConfigSource {
 	deny := &rbacv3.RBAC{Rules: &rbacconfigv3.RBAC{}} // rules without a policy deny all; no rules at all would allow all
+	source := fromADS()
+	source.InitialFetchTimeout = durationpb.New(5 * time.Second) // then everything is denied until it comes
 	return &corev3.ExtensionConfigSource{
-		ConfigSource:  fromADS(),
+		ConfigSource:  source,
 		DefaultConfig: pack(deny),
 		TypeUrls:      append(types, typeURL(deny)),
 	}

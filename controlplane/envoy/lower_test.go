@@ -60,8 +60,8 @@ var forms = map[string]limits{
 }
 
 func lowered(cfg *segment.Config, now time.Time, form string) (*authz.Policy, *Resources) {
-	policy := authz.Compile(cfg, now)
-	return policy, lower(forms[form], nil, cfg, policy, Names{"docs": collections()})
+	policy, only := authz.Compile(cfg, now), cfg.For(cfg.Gateways[0])
+	return policy, lower(forms[form], &only, policy, Names{"docs": collections()})
 }
 
 func at(t rapid.TB, s string) time.Time {
@@ -259,10 +259,10 @@ func TestChangeStaysWhereItIsMade(t *testing.T) {
 			about := docs[len(docs)-1] + edited[len(edited)-1]
 			allowed = func(name string) bool {
 				if chain, ok := strings.CutPrefix(name, "chain/"); ok {
-					return form == "shards" && strings.Contains(about, "endpoint: "+chain) // where callers are cut may move
+					return form != "written out" && strings.Contains(about, "endpoint: "+chain) // it takes another form, or where callers are cut moves
 				}
 				endpoint, what, _ := strings.Cut(strings.TrimPrefix(name, "extensions/authz/"), "/")
-				return strings.HasPrefix(name, "extensions/authz/") && strings.Contains(about, "endpoint: "+endpoint) && (what == "rights" || form == "shards" && strings.HasPrefix(what, "rights/") || form == "classes" && what == "members")
+				return strings.HasPrefix(name, "extensions/authz/") && strings.Contains(about, "endpoint: "+endpoint) && (strings.HasPrefix(what, "rights") || form == "classes" && (what == "classes" || what == "members"))
 			}
 		} else {
 			change := map[string][2]string{"hostname": {"chat.internal", "talk.internal"}, "backend": {":8002", ":9002"},
@@ -299,11 +299,12 @@ func TestShards(t *testing.T) {
 			}
 		}
 		cfg := corpus.Assemble(t, docs)
+		cfg = cfg.For(cfg.Gateways[0])
 		return &cfg
 	}
 	l := limits{writtenOut: 1 << 30, shard: 100}
 	all, less := config(500, -1), config(500, 123)
-	before := lower(l, nil, all, authz.Compile(all, time.Unix(0, 0)), nil)
+	before := lower(l, all, authz.Compile(all, time.Unix(0, 0)), nil)
 	parts, callers := 0, 0
 	for _, x := range before.Extensions {
 		if !strings.HasPrefix(x.Name, RightsName("open")+"/") {
@@ -318,31 +319,33 @@ func TestShards(t *testing.T) {
 	if parts < 15 || callers != 500 {
 		t.Errorf("%d callers in %d parts", callers, parts)
 	}
-	after := lower(l, nil, less, authz.Compile(less, time.Unix(0, 0)), nil)
+	after := lower(l, less, authz.Compile(less, time.Unix(0, 0)), nil)
 	if got := changed(fingerprints(t, before), fingerprints(t, after)); len(got) != 1 || !strings.Contains(got[0], "app-12") {
 		t.Errorf("one caller less changes %q", got)
 	}
 }
 
-// What is retained under the name of a shard is what that shard holds, and under the name of all rights what all hold.
+// What is retained under the name of a shard is what that shard holds, and so it is with the names of other forms.
 func TestRetained(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		cfg := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...))
 		_, r := lowered(&cfg, at(t, corpus.Early), "shards")
 		for _, x := range r.Extensions {
-			got := r.Retained(x.Name)
-			if strings.Contains(x.Name, "/rights") && !proto.Equal(got, x) {
+			got := r.Retained(x.Name, nil)
+			if !strings.HasSuffix(x.Name, "/names") && (got == nil || !proto.Equal(got.Extension, x) || r.Retained(x.Name, got) != got) {
 				t.Fatalf("%s is retained as %v, not %v", x.Name, got, x)
 			}
 		}
-		_, whole := lowered(&cfg, at(t, corpus.Early), "written out")
-		for _, x := range whole.Extensions {
-			if strings.HasSuffix(x.Name, "/rights") && !proto.Equal(r.Retained(x.Name), x) {
-				t.Fatalf("%s is not retained", x.Name)
+		for _, form := range []string{"written out", "classes"} {
+			_, other := lowered(&cfg, at(t, corpus.Early), form)
+			for _, x := range other.Extensions {
+				if !strings.HasSuffix(x.Name, "/names") && !proto.Equal(r.Retained(x.Name, nil).Extension, x) {
+					t.Fatalf("%s is not retained", x.Name)
+				}
 			}
 		}
-		for _, name := range []string{"", "x", "authz/chat", "authz/chat/members", "authz/chat/names", "authz/nobody/rights", "authz/chat/rights/x", "a/chat/rights", "authz//rights"} {
-			if got := r.Retained(name); got != nil {
+		for _, name := range []string{"", "x", "authz/chat", "authz/chat/names", "authz/nobody/rights", "authz/chat/rights/x", "a/chat/rights", "authz//rights"} {
+			if got := r.Retained(name, nil); got != nil {
 				t.Fatalf("%q is retained: %v", name, got)
 			}
 		}
@@ -350,28 +353,27 @@ func TestRetained(t *testing.T) {
 }
 
 // What is made from earlier resources is what is made from nothing, and what did not change is the same pointer.
-func TestRelower(t *testing.T) {
+func TestLowerFromEarlier(t *testing.T) {
 	kept := 0
 	rapid.Check(t, func(t *rapid.T) {
 		grants := corpus.Grants().Draw(t, "grants")
 		var policy *authz.Policy
-		var last *Resources
+		last := &Resources{}
 		for step := range rapid.IntRange(2, 4).Draw(t, "edits") {
 			cfg := corpus.Assemble(t, append(corpus.Endpoints(), grants...))
+			cfg = cfg.For(cfg.Gateways[0])
 			form := forms[rapid.SampledFrom(slices.Sorted(maps.Keys(forms))).Draw(t, "form")]
 			policy = authz.Recompile(policy, &cfg, at(t, corpus.Early))
-			got, want := lower(form, last, &cfg, policy, nil), lower(form, nil, &cfg, policy, nil)
+			got, want := lower(form, &cfg, policy, nil, last), lower(form, &cfg, policy, nil)
 			if diff := changed(fingerprints(t, got), fingerprints(t, want)); diff != nil {
 				t.Fatalf("other bytes: %q", diff)
 			}
-			if err := Recheck(last, got); err != nil {
+			if err := Check(got, last); err != nil {
 				t.Fatal(err)
 			}
-			if last != nil {
-				for _, x := range got.Extensions {
-					if slices.Contains(last.Extensions, x) {
-						kept++
-					}
+			for _, x := range got.Extensions {
+				if slices.Contains(last.Extensions, x) {
+					kept++
 				}
 			}
 			last = got
@@ -413,4 +415,39 @@ func TestUseClasses(t *testing.T) {
 			t.Errorf("%+v: %t", c, got)
 		}
 	}
+}
+
+// Connections that began in one filter chain are judged by what later ones say: whoever was led somewhere by old cuts or
+// in an old form finds there what is decided now, or nothing.
+func TestRetainedDecidesAsNow(outer *testing.T) {
+	requests := corpus.Requests()
+	names := slices.Sorted(maps.Keys(forms))
+	rapid.Check(outer, func(t *rapid.T) {
+		cfg := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "before")...))
+		next := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "after")...))
+		_, old := lowered(&cfg, at(t, corpus.Early), rapid.SampledFrom(names).Draw(t, "old form"))
+		policy, now := lowered(&next, at(t, corpus.Early), rapid.SampledFrom(names).Draw(t, "form"))
+		mixed := &Resources{Listeners: old.Listeners}
+		for _, x := range old.Extensions {
+			if i := slices.IndexFunc(now.Extensions, func(n *xt) bool { return n.Name == x.Name }); i >= 0 {
+				mixed.Extensions = append(mixed.Extensions, now.Extensions[i])
+			} else {
+				mixed.Extensions = append(mixed.Extensions, now.Retained(x.Name, nil).Extension)
+			}
+		}
+		for i := rapid.IntRange(0, 4).Draw(t, "first"); i < len(requests); i += 5 {
+			ask := requests[i]
+			if policy.Endpoints[ask.Endpoint] == nil || ask.Endpoint == "docs" {
+				continue
+			}
+			q := extracted(outer, ask)
+			got, want := q.pass(mixed, ask.Endpoint), authz.Decide(policy, ask)
+			if got.Allowed && !want.Allowed {
+				t.Fatalf("%+v is allowed by %s on an old connection, and now %s denies it", ask, got.Rule, want.Rule)
+			}
+			if want.Allowed && !got.Allowed && got.Rule != authz.DefaultDeny {
+				t.Fatalf("%+v is denied by %s on an old connection, and now %s allows it", ask, got.Rule, want.Rule)
+			}
+		}
+	})
 }

@@ -1,6 +1,9 @@
 package envoy
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
 	"strings"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -43,16 +46,34 @@ func membersOf(policy *authz.Endpoint) []member {
 // shard is a part: the callers that begin with the prefix and with no longer one of another shard.
 type shard struct {
 	prefix  string
-	rest    bool     // longer ones cut callers out of it
+	rest    string   // longer ones cut callers out of it: their digest; empty: there are none
 	members []member // sorted by caller; the last may be a larger family that callers in here fall to
 }
 
 // name of the resource. What it holds follows from the policy and the name.
 func (s shard) name(e segment.EndpointName) string {
-	if s.rest {
-		return RightsName(e) + "/rest/" + s.prefix
+	if s.rest != "" { // for one who was led here by other cuts this is not the answer, so it has another name
+		return RightsName(e) + "/rest/" + s.rest + "/" + s.prefix
 	}
 	return RightsName(e) + "/all/" + s.prefix
+}
+
+// cut is split, and tells each rest what was cut out of it.
+func (l limits) cut(members []member) []shard {
+	shards := l.split(members, "", nil, nil)
+	for i := range shards {
+		if shards[i].rest == "" {
+			continue
+		}
+		h := sha256.New()
+		for _, s := range shards {
+			if len(s.prefix) > len(shards[i].prefix) && strings.HasPrefix(s.prefix, shards[i].prefix) {
+				fmt.Fprintf(h, "%q\n", s.prefix)
+			}
+		}
+		shards[i].rest = hex.EncodeToString(h.Sum(nil)[:8])
+	}
+	return shards
 }
 
 // split cuts members, which are sorted by caller and all begin with the prefix. What falls to none of them belongs to
@@ -67,7 +88,7 @@ func (l limits) split(members []member, prefix string, family *member, into []sh
 		return append(into, shard{prefix: prefix, members: with(members, family)})
 	}
 	if own > 0 {
-		into = append(into, shard{prefix: common, rest: true, members: with(members[:own], family)})
+		into = append(into, shard{prefix: common, rest: "?", members: with(members[:own], family)})
 		if last := &members[own-1]; last.caller.IsPrefix() {
 			family = last
 		}
@@ -122,30 +143,70 @@ func choice(e segment.EndpointName, shards []shard) proto.Message {
 }
 
 // Retained returns an extension that these resources no longer have, but that a gateway still needs for connections
-// that began before: an endpoint's rights as a whole, or a shard that callers have since been cut out of or put together
-// with. It holds what holds now. It returns nil if there is nothing of the kind.
-func (r *Resources) Retained(name string) *corev3.TypedExtensionConfig {
+// that began before: an endpoint's authorization in another form, or a shard by other cuts. It holds what holds now. It
+// returns nil if there is nothing of the kind, and the last one of this name, which may be nil, if that holds the same.
+func (r *Resources) Retained(name string, last *Kept) *Kept {
 	parts := strings.SplitN(name, "/", 5)
-	if len(parts) < 3 || parts[0] != "authz" || parts[2] != "rights" || len(parts) == 4 {
+	if len(parts) < 3 || parts[0] != "authz" || r.policy == nil {
 		return nil
 	}
-	policy := r.policy.Endpoints[segment.EndpointName(parts[1])]
+	e := segment.EndpointName(parts[1])
+	policy := r.policy.Endpoints[e]
 	if policy == nil {
 		return nil
 	}
-	members := membersOf(policy)
-	if len(parts) == 5 {
-		rest, prefix, family := parts[3] == "rest", parts[4], (*member)(nil)
-		var inside []member
-		for i, m := range members {
-			switch stem := m.caller.Stem(); {
-			case stem == prefix, strings.HasPrefix(stem, prefix) && !rest:
-				inside = append(inside, m)
-			case m.caller.IsPrefix() && strings.HasPrefix(prefix, stem) && (family == nil || len(stem) > len(family.caller.Stem())):
-				family = &members[i]
-			}
-		}
-		members = with(inside, family)
+	from := origin{members: r.members[e], shadowed: policy.Shadowed}
+	switch {
+	case name == MembersName(e):
+		return r.retain(name, origin{}, last, func() proto.Message { return members(origin{}) })
+	case name == ClassesName(e):
+		from.classes = true
+		return r.retain(name, from, last, func() proto.Message { return members(from) })
+	case name == ClassRightsName(e):
+		from.classes = true
+	case name == RightsName(e):
+	case len(parts) == 5 && parts[2] == "rights" && (parts[3] == "all" || parts[3] == "rest"):
+		from.members = r.inside(e, name, parts[3] == "rest", parts[4])
+	default:
+		return nil
 	}
-	return extension(name, rights(policy, origin{members: members, shadowed: policy.Shadowed}))
+	return r.retain(name, from, last, func() proto.Message { return rights(policy, from) })
+}
+
+// inside are the members of a shard of this name.
+func (r *Resources) inside(e segment.EndpointName, name string, rest bool, prefix string) []member {
+	for _, s := range r.shards[e] {
+		if s.name(e) == name {
+			return s.members
+		}
+	}
+	if rest { // of other cuts: whoever was led here may be anybody with this beginning
+		_, prefix, _ = strings.Cut(prefix, "/")
+	}
+	var inside []member
+	var family *member
+	for i, m := range r.members[e] {
+		switch stem := m.caller.Stem(); {
+		case strings.HasPrefix(stem, prefix):
+			inside = append(inside, m)
+		case m.caller.IsPrefix() && strings.HasPrefix(prefix, stem) && (family == nil || len(stem) > len(family.caller.Stem())):
+			family = &r.members[e][i]
+		}
+	}
+	return with(inside, family)
+}
+
+// Kept is an extension that is retained.
+type Kept struct {
+	Extension *corev3.TypedExtensionConfig
+	Version   string
+	from      origin
+}
+
+func (r *Resources) retain(name string, from origin, last *Kept, make func() proto.Message) *Kept {
+	if last != nil && last.Extension.Name == name && last.from.equal(from) {
+		return last
+	}
+	it := extension(name, make())
+	return &Kept{it, r.Version(it), from}
 }

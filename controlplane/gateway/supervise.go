@@ -71,9 +71,13 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	}
 }
 
+// drainTime is how long a connection lives on in a filter chain that another has replaced: it is told to close with its
+// next answer, and a stream goes on until then.
+const drainTime = 10 * time.Minute
+
 func (s *Supervisor) once(ctx context.Context, config string) error {
 	args := []string{"--config-path", config, "--disable-hot-restart", "--log-level", "warning",
-		"--log-format", "%L\t%n\t%v", "--drain-time-s", "2"}
+		"--log-format", "%L\t%n\t%v", "--drain-strategy", "immediate", "--drain-time-s", strconv.Itoa(int(drainTime.Seconds()))}
 	if s.Concurrency > 0 {
 		args = append(args, "--concurrency", strconv.Itoa(s.Concurrency))
 	}

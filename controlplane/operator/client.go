@@ -30,7 +30,16 @@ func (e *RefusedError) Error() string { return e.Failure.Error }
 
 // Get asks for a path and decodes the answer.
 func (c *Client) Get(ctx context.Context, path string, query url.Values, into any) error {
-	body, err := c.Stream(ctx, path, query)
+	return c.decoded(ctx, http.MethodGet, path, query, into)
+}
+
+// Post has something changed and decodes the answer.
+func (c *Client) Post(ctx context.Context, path string, query url.Values, into any) error {
+	return c.decoded(ctx, http.MethodPost, path, query, into)
+}
+
+func (c *Client) decoded(ctx context.Context, method, path string, query url.Values, into any) error {
+	body, err := c.ask(ctx, method, path, query)
 	if err != nil {
 		return err
 	}
@@ -43,7 +52,11 @@ func (c *Client) Get(ctx context.Context, path string, query url.Values, into an
 
 // Stream asks for a path and returns the answer as it comes. The caller closes it.
 func (c *Client) Stream(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://sallyport"+path+"?"+query.Encode(), nil)
+	return c.ask(ctx, http.MethodGet, path, query)
+}
+
+func (c *Client) ask(ctx context.Context, method, path string, query url.Values) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://sallyport"+path+"?"+query.Encode(), nil)
 	if err != nil {
 		return nil, fmt.Errorf("ask the control plane: %w", err)
 	}

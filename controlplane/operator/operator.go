@@ -2,7 +2,7 @@
 // its own user can open.
 //
 // It is for the commands `status`, `explain`, `render`, `flows` and `traces`, which are its only client. It changes
-// nothing: documents are changed where they are kept.
+// nothing itself: documents are changed where they are kept. What other parts let operators do stands in Actions.
 package operator
 
 import (
@@ -10,7 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -24,22 +27,27 @@ import (
 	"sallyport.dev/telemetry/store"
 )
 
-// Server answers operators. All fields are needed.
+// Server answers operators. All fields but Actions are needed.
 type Server struct {
 	About    About
 	Pipeline interface{ State() *controlplane.State }
 	Gateways interface{ Status() []xds.Status }
 	Store    *store.Store
+	// Actions are the operations of other parts, by the pattern of their requests ("POST /tokens"). What one returns is
+	// the answer as JSON. Its errors are shown as they are.
+	Actions map[string]func(url.Values) (any, error)
 }
 
 // About is what does not change while a control plane runs.
 type About struct {
-	Version     string               `json:"version"`
-	Started     time.Time            `json:"started"`
-	TrustDomain spiffeid.TrustDomain `json:"trust_domain"`
-	Listen      string               `json:"listen"`          // where gateways accept callers
-	Workload    string               `json:"workload_socket"` // SPIFFE Workload API
-	OTLP        string               `json:"otlp"`            // where applications send spans
+	Version       string               `json:"version"`
+	Started       time.Time            `json:"started"`
+	TrustDomain   spiffeid.TrustDomain `json:"trust_domain"`
+	Listen        string               `json:"listen"`                   // where gateways accept callers
+	Workload      string               `json:"workload_socket"`          // SPIFFE Workload API
+	OTLP          string               `json:"otlp"`                     // where applications send spans
+	AgentListen   string               `json:"agent_listen,omitempty"`   // where agents of other machines come; empty: nowhere
+	GatewayListen string               `json:"gateway_listen,omitempty"` // and gateways
 }
 
 // Status is the state of everything.
@@ -80,6 +88,16 @@ func (s *Server) Handler() http.Handler {
 	mux.HandleFunc("GET /flows", s.flows)
 	mux.HandleFunc("GET /traces", s.traces)
 	mux.HandleFunc("GET /traces/{id}", s.trace)
+	for pattern, action := range s.Actions {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			v, err := action(r.URL.Query())
+			if err != nil {
+				fail(w, http.StatusBadRequest, Failure{Error: err.Error()})
+				return
+			}
+			answer(w, v)
+		})
+	}
 	return mux
 }
 
@@ -117,15 +135,39 @@ func (s *Server) rights(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func (s *Server) render(w http.ResponseWriter, _ *http.Request) {
+func (s *Server) render(w http.ResponseWriter, r *http.Request) {
 	if g := s.generation(w); g != nil {
-		text, err := envoy.Render(g.Resources)
+		resources, failure := ResourcesOf(g, segment.GatewayName(r.URL.Query().Get("gateway")))
+		if failure != nil {
+			fail(w, http.StatusNotFound, *failure)
+			return
+		}
+		text, err := envoy.Render(resources)
 		if err != nil {
 			fail(w, http.StatusInternalServerError, Failure{Error: err.Error()})
 			return
 		}
 		answer(w, text)
 	}
+}
+
+// ResourcesOf returns what a gateway is sent; without a name, of the only one that there is.
+func ResourcesOf(g *controlplane.Generation, name segment.GatewayName) (*envoy.Resources, *Failure) {
+	var names []string
+	for n, r := range g.Resources {
+		if n == name || name == "" && len(g.Resources) == 1 {
+			return r, nil
+		}
+		names = append(names, string(n))
+	}
+	slices.Sort(names)
+	switch {
+	case len(names) == 0:
+		return nil, &Failure{"there is no gateway", "write a Gateway document"}
+	case name == "":
+		return nil, &Failure{"there are several gateways", "name one with --gateway: " + strings.Join(names, ", ")}
+	}
+	return nil, &Failure{fmt.Sprintf("no gateway is called %q", name), "there are: " + strings.Join(names, ", ")}
 }
 
 func (s *Server) flows(w http.ResponseWriter, r *http.Request) {

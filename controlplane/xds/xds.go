@@ -23,7 +23,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 
 	"sallyport.dev/controlplane/envoy"
 	"sallyport.dev/segment"
@@ -35,18 +34,20 @@ type Server struct {
 
 	mu       sync.Mutex
 	gateways map[segment.GatewayName]*gateway
-	streams  map[int64]*stream
+	streams  map[streamID]*stream
 	changed  chan struct{} // closed and replaced whenever a gateway's state changes
 }
 
 // gateway is what is known of one gateway. Versions are by type URL and resource name.
 type gateway struct {
-	stream   int64  // the newest, which alone is believed; 0: none
-	target   string // generation
+	stream   *stream // the newest, which alone is believed; nil: none
+	target   string  // generation
 	wanted   versions
 	taken    versions
-	r        *envoy.Resources // of the target
-	retained map[string]bool  // wanted extensions that are not in the target: connections that began before need them
+	asked    map[string]map[string]bool // by type URL: what the newest stream is subscribed to by name, or (false) was
+	r        *envoy.Resources           // of the target
+	kept     map[string]*envoy.Kept     // what was retained last
+	retained map[string]bool            // wanted extensions that are not in the target: connections that began before need them
 	inForce  string
 	rejected map[string]Rejection      // by type URL
 	refusals map[string]map[string]int // how often each resource was refused, or came with one that was
@@ -54,7 +55,20 @@ type gateway struct {
 
 type versions map[string]map[string]string
 
+// door is one gRPC server through which gateways come. go-control-plane numbers the streams of each by itself.
+type door struct {
+	*Server
+	whose func(context.Context) (segment.GatewayName, error)
+}
+
+type streamID struct {
+	door *door
+	id   int64
+}
+
 type stream struct {
+	only    segment.GatewayName // whom the caller may be; empty: whom it says
+	end     context.CancelFunc  // nil: it ends by itself only
 	gateway segment.GatewayName
 	sent    map[string]*discoveryv3.DeltaDiscoveryResponse // by nonce, until it is answered
 }
@@ -82,18 +96,21 @@ func New() *Server {
 	return &Server{
 		cache:    cachev3.NewSnapshotCache(true, cachev3.IDHash{}, nil),
 		gateways: map[segment.GatewayName]*gateway{},
-		streams:  map[int64]*stream{},
+		streams:  map[streamID]*stream{},
 		changed:  make(chan struct{}),
 	}
 }
 
-// Register adds the services to a gRPC server. Streams live as long as ctx.
-func (s *Server) Register(ctx context.Context, to *grpc.Server) {
+// Register adds the services to a gRPC server. Streams live as long as ctx. Whose says which gateway a caller is; without
+// it callers are believed, which is for sockets that only a gateway can open. For Keep to end streams at once, the
+// server needs the option Endable.
+func (s *Server) Register(ctx context.Context, to *grpc.Server, whose func(context.Context) (segment.GatewayName, error)) {
+	d := &door{s, whose}
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(to, serverv3.NewServer(ctx, s.cache, serverv3.CallbackFuncs{
-		DeltaStreamOpenFunc:     s.opened,
-		DeltaStreamClosedFunc:   s.closed,
-		StreamDeltaRequestFunc:  s.asked,
-		StreamDeltaResponseFunc: s.answered,
+		DeltaStreamOpenFunc:     d.opened,
+		DeltaStreamClosedFunc:   d.closed,
+		StreamDeltaRequestFunc:  d.asked,
+		StreamDeltaResponseFunc: d.answered,
 		StreamOpenFunc: func(context.Context, int64, string) error {
 			return status.Error(codes.Unimplemented, "this control plane speaks incremental xDS only: set api_type DELTA_GRPC")
 		},
@@ -106,7 +123,7 @@ func (s *Server) Publish(ctx context.Context, name segment.GatewayName, generati
 	defer s.mu.Unlock()
 	g := s.gateways[name]
 	if g == nil {
-		g = &gateway{taken: versions{}, retained: map[string]bool{}, rejected: map[string]Rejection{}, refusals: map[string]map[string]int{}}
+		g = &gateway{taken: versions{}, asked: map[string]map[string]bool{}, retained: map[string]bool{}, kept: map[string]*envoy.Kept{}, rejected: map[string]Rejection{}, refusals: map[string]map[string]int{}}
 		s.gateways[name] = g
 	}
 	g.target, g.r = generation, r
@@ -116,17 +133,52 @@ func (s *Server) Publish(ctx context.Context, name segment.GatewayName, generati
 	return err
 }
 
+// Keep forgets all gateways but these, and ends their streams: they are refused from then on.
+func (s *Server) Keep(known func(segment.GatewayName) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for name, g := range s.gateways {
+		if known(name) {
+			continue
+		}
+		delete(s.gateways, name)
+		s.cache.ClearSnapshot(string(name))
+		if g.stream != nil && g.stream.end != nil {
+			g.stream.end()
+		}
+	}
+}
+
+type endKey struct{}
+
+// Endable makes the streams of a gRPC server such that Keep can end them.
+func Endable() grpc.ServerOption {
+	return grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+		ctx, end := context.WithCancel(ss.Context())
+		defer end()
+		return next(srv, endable{ss, context.WithValue(ctx, endKey{}, end)})
+	})
+}
+
+type endable struct {
+	grpc.ServerStream
+	ctx context.Context //nolint:containedctx // it is the stream's own
+}
+
+func (s endable) Context() context.Context { return s.ctx }
+
 // offer puts the target into the cache, and what the gateway needs beside it. The caller holds the lock.
 func (s *Server) offer(ctx context.Context, name segment.GatewayName, g *gateway) error {
 	o := offerOf(g.target, g.r)
 	clear(g.retained)
-	for has := range g.taken[resourcev3.ExtensionConfigType] {
-		if o.resources[resourcev3.ExtensionConfigType][has].Resource != nil {
+	for name, now := range g.asked[resourcev3.ExtensionConfigType] {
+		if !now || o.resources[resourcev3.ExtensionConfigType][name].Resource != nil {
 			continue
 		}
-		if x := g.r.Retained(has); x != nil {
-			o.add(x, g.r)
-			g.retained[has] = true
+		if kept := g.r.Retained(name, g.kept[name]); kept != nil {
+			url := resourcev3.ExtensionConfigType
+			o.resources[url][name], o.versions[url][name] = types.ResourceWithTTL{Resource: kept.Extension}, kept.Version
+			g.retained[name], g.kept[name] = true, kept
 		}
 	}
 	g.wanted = versions{}
@@ -160,14 +212,10 @@ func offerOf(generation string, r *envoy.Resources) *offering {
 		o.resources[url], o.versions[url] = map[string]types.ResourceWithTTL{}, map[string]string{}
 	}
 	for _, m := range r.All() {
-		o.add(m, r)
+		url, name := "type.googleapis.com/"+string(m.ProtoReflect().Descriptor().FullName()), cachev3.GetResourceName(m)
+		o.resources[url][name], o.versions[url][name] = types.ResourceWithTTL{Resource: m}, r.Version(m)
 	}
 	return o
-}
-
-func (o *offering) add(m proto.Message, r *envoy.Resources) {
-	url, name := "type.googleapis.com/"+string(m.ProtoReflect().Descriptor().FullName()), cachev3.GetResourceName(m)
-	o.resources[url][name], o.versions[url][name] = types.ResourceWithTTL{Resource: m}, r.Version(m)
 }
 
 func (o *offering) GetVersion(string) string   { return o.generation }
@@ -189,7 +237,7 @@ func (o *offering) GetResources(url string) map[string]types.Resource {
 
 // settle finds out whether the target is in force, and tells who waits. The caller holds the lock.
 func (s *Server) settle(g *gateway) {
-	if g.stream != 0 && len(g.pending()) == 0 {
+	if g.stream != nil && len(g.pending()) == 0 {
 		g.inForce = g.target
 	}
 	close(s.changed)
@@ -251,7 +299,7 @@ func (s *Server) Status() []Status {
 	var all []Status
 	for _, name := range slices.Sorted(maps.Keys(s.gateways)) {
 		g := s.gateways[name]
-		st := Status{Gateway: name, Connected: g.stream != 0, Target: g.target, InForce: g.inForce, Pending: g.pending()}
+		st := Status{Gateway: name, Connected: g.stream != nil, Target: g.target, InForce: g.inForce, Pending: g.pending()}
 		for _, url := range slices.Sorted(maps.Keys(g.rejected)) {
 			st.Rejected = append(st.Rejected, g.rejected[url])
 		}
@@ -262,56 +310,90 @@ func (s *Server) Status() []Status {
 
 // --- what go-control-plane calls ---
 
-func (s *Server) opened(_ context.Context, id int64, _ string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.streams[id] = &stream{sent: map[string]*discoveryv3.DeltaDiscoveryResponse{}}
+func (d *door) opened(ctx context.Context, id int64, _ string) error {
+	st := &stream{sent: map[string]*discoveryv3.DeltaDiscoveryResponse{}}
+	if d.whose != nil {
+		var err error
+		if st.only, err = d.whose(ctx); err != nil {
+			return status.Error(codes.PermissionDenied, err.Error())
+		}
+	}
+	st.end, _ = ctx.Value(endKey{}).(context.CancelFunc)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.streams[streamID{d, id}] = st
 	return nil
 }
 
-func (s *Server) closed(id int64, _ *corev3.Node) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if g := s.gateways[s.streams[id].gateway]; g != nil && g.stream == id {
-		g.stream = 0
-		s.settle(g)
+func (d *door) closed(id int64, _ *corev3.Node) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	st := d.streams[streamID{d, id}]
+	if st == nil {
+		return // it was not let in
 	}
-	delete(s.streams, id)
+	if g := d.gateways[st.gateway]; g != nil && g.stream == st {
+		g.stream = nil
+		d.settle(g)
+	}
+	delete(d.streams, streamID{d, id})
 }
 
-func (s *Server) asked(id int64, r *discoveryv3.DeltaDiscoveryRequest) error {
+func (d *door) asked(id int64, r *discoveryv3.DeltaDiscoveryRequest) error {
+	s := d.Server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st := s.streams[id]
+	st, stale := s.streams[streamID{d, id}], false // whether what the gateway needs beside the target is another now
 	if node := r.GetNode(); node != nil || st.gateway == "" {
 		name := segment.GatewayName(node.GetId())
 		g := s.gateways[name]
-		if g == nil || st.gateway != "" && st.gateway != name {
-			return status.Errorf(codes.PermissionDenied, "no gateway is called %q here", name)
+		if g == nil || st.gateway != "" && st.gateway != name || st.only != "" && st.only != name {
+			return status.Errorf(codes.PermissionDenied, "no gateway is called %q here, or it is another", name)
 		}
 		if st.gateway == "" {
 			st.gateway = name
-			g.stream, g.taken, g.inForce = id, versions{}, "" // it says itself what it has
+			g.stream, g.taken, g.inForce = st, versions{}, "" // it says itself what it has
+			clear(g.asked)
+			stale = len(g.retained) > 0
 			clear(g.rejected)
 		}
 	}
 	g := s.gateways[st.gateway]
-	if g.stream != id {
+	if g == nil {
+		return status.Errorf(codes.PermissionDenied, "no gateway is called %q here any more", st.gateway)
+	}
+	if g.stream != st {
 		return nil // an old stream that is about to end
 	}
 	if len(r.InitialResourceVersions) > 0 {
 		g.took(r.TypeUrl, r.InitialResourceVersions)
 	}
-	if len(r.InitialResourceVersions) > 0 && r.TypeUrl == resourcev3.ExtensionConfigType {
-		if err := s.offer(context.Background(), st.gateway, g); err != nil { // before it is answered
-			return err
+	for _, name := range r.ResourceNamesSubscribe {
+		if g.asked[r.TypeUrl] == nil {
+			g.asked[r.TypeUrl] = map[string]bool{}
 		}
+		if _, again := g.asked[r.TypeUrl][name]; again { // it may have thrown away what the cache takes for sent
+			g.again(r.TypeUrl, name)
+			stale = true
+		}
+		g.asked[r.TypeUrl][name] = true
+		_, ok := g.wanted[r.TypeUrl][name]
+		stale = stale || !ok && r.TypeUrl == resourcev3.ExtensionConfigType
 	}
 	for _, name := range r.ResourceNamesUnsubscribe {
+		if g.asked[r.TypeUrl] != nil {
+			g.asked[r.TypeUrl][name] = false
+		}
 		delete(g.taken[r.TypeUrl], name)
 		if g.retained[name] && r.TypeUrl == resourcev3.ExtensionConfigType {
 			delete(g.retained, name)
+			delete(g.kept, name)
 			delete(g.wanted[r.TypeUrl], name)
+		}
+	}
+	if stale {
+		if err := s.offer(context.Background(), st.gateway, g); err != nil { // before it is answered
+			return err
 		}
 	}
 	if sent := st.sent[r.ResponseNonce]; sent != nil {
@@ -322,7 +404,9 @@ func (s *Server) asked(id int64, r *discoveryv3.DeltaDiscoveryRequest) error {
 			delete(g.rejected, r.TypeUrl)
 			took := map[string]string{}
 			for _, res := range sent.Resources {
-				took[res.Name] = res.Version
+				if byName := g.asked[r.TypeUrl]; byName == nil || byName[res.Name] { // else it has left it meanwhile
+					took[res.Name] = res.Version
+				}
 			}
 			g.took(r.TypeUrl, took)
 			for _, name := range sent.RemovedResources {
@@ -334,10 +418,10 @@ func (s *Server) asked(id int64, r *discoveryv3.DeltaDiscoveryRequest) error {
 	return nil
 }
 
-func (s *Server) answered(id int64, _ *discoveryv3.DeltaDiscoveryRequest, r *discoveryv3.DeltaDiscoveryResponse) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.streams[id].sent[r.Nonce] = r
+func (d *door) answered(id int64, _ *discoveryv3.DeltaDiscoveryRequest, r *discoveryv3.DeltaDiscoveryResponse) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.streams[streamID{d, id}].sent[r.Nonce] = r
 }
 
 func (g *gateway) took(url string, names map[string]string) {
@@ -351,13 +435,18 @@ func (g *gateway) took(url string, names map[string]string) {
 
 func (g *gateway) refused(sent *discoveryv3.DeltaDiscoveryResponse, why string) {
 	r := Rejection{Type: sent.TypeUrl[strings.LastIndexByte(sent.TypeUrl, '.')+1:], Error: why, Time: time.Now()}
-	if g.refusals[sent.TypeUrl] == nil {
-		g.refusals[sent.TypeUrl] = map[string]int{}
-	}
 	for _, res := range sent.Resources {
 		r.Resources = append(r.Resources, res.Name)
-		g.refusals[sent.TypeUrl][res.Name]++
+		g.again(sent.TypeUrl, res.Name)
 		delete(g.taken[sent.TypeUrl], res.Name) // which of them it has taken after all, it does not say
 	}
 	g.rejected[sent.TypeUrl] = r
+}
+
+// again has a resource sent once more.
+func (g *gateway) again(url, name string) {
+	if g.refusals[url] == nil {
+		g.refusals[url] = map[string]int{}
+	}
+	g.refusals[url][name]++
 }

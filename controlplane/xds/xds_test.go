@@ -3,6 +3,7 @@ package xds
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	resourcev3 "github.com/envoyproxy/go-control-plane/pkg/resource/v3"
 	"github.com/google/go-cmp/cmp"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -24,13 +26,16 @@ import (
 	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 
+	"sallyport.dev/authz"
 	"sallyport.dev/controlplane/envoy"
+	"sallyport.dev/segment"
 )
 
 const (
-	lds = resourcev3.ListenerType
-	cds = resourcev3.ClusterType
-	rds = resourcev3.RouteType
+	lds  = resourcev3.ListenerType
+	cds  = resourcev3.ClusterType
+	rds  = resourcev3.RouteType
+	ecds = resourcev3.ExtensionConfigType
 )
 
 // resourcesOf makes resources of "kind/name=content".
@@ -63,7 +68,7 @@ type plane struct {
 func newPlane(t *testing.T) *plane {
 	s := New()
 	g := grpc.NewServer()
-	s.Register(t.Context(), g)
+	s.Register(t.Context(), g, nil)
 	l := bufconn.Listen(1 << 20)
 	go func() { _ = g.Serve(l) }()
 	conn, err := grpc.NewClient("passthrough:x", grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -252,6 +257,197 @@ func TestUnsubscribe(t *testing.T) {
 	}
 	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: rds, ResourceNamesUnsubscribe: []string{"endpoint/docs"}})
 	p.inForce("g2")
+}
+
+// extensionsFor are the extensions of an endpoint that the callers of these numbers have a grant for: some hundred
+// callers are kept together, more in shards.
+func extensionsFor(from, to int) *envoy.Resources {
+	cfg := segment.Config{Endpoints: []segment.Endpoint{{Name: "chat", Protocol: segment.OpenAI}}}
+	for i := from; i < to; i++ {
+		cfg.Grants = append(cfg.Grants, segment.Grant{
+			Name: segment.GrantName(fmt.Sprintf("g%04d", i)), Effect: segment.Allow, Mode: segment.Enforce,
+			From: []segment.Caller{segment.CallerID(spiffeid.RequireFromString(fmt.Sprintf("spiffe://example.org/app-%04d", i)))},
+			To:   []segment.Target{{Endpoint: "chat", Operations: []segment.Operation{segment.Infer}, Resources: []segment.Pattern{"m"}}},
+		})
+	}
+	r := envoy.Lower(&cfg, authz.Compile(&cfg, time.Unix(0, 0)), nil)
+	r.Listeners, r.Routes, r.Clusters, r.Assignments = nil, nil, nil, nil
+	return r
+}
+
+// namesOf are the extensions' names, sorted.
+func namesOf(r *envoy.Resources) (names []string) {
+	for _, x := range r.Extensions {
+		names = append(names, x.Name)
+	}
+	return names
+}
+
+func shardsOf(r *envoy.Resources) []string {
+	return slices.DeleteFunc(namesOf(r), func(name string) bool { return !strings.HasPrefix(name, wholeRights+"/") })
+}
+
+const wholeRights = "authz/chat/rights"
+
+func (p *plane) publishFor(gateway segment.GatewayName, generation string, r *envoy.Resources) {
+	p.Helper()
+	if err := p.Publish(p.Context(), gateway, generation, r); err != nil {
+		p.Fatal(err)
+	}
+}
+
+// leave unsubscribes extensions, and waits until that has been heard.
+func (p *plane) leave(c *client, gateway segment.GatewayName, names ...string) {
+	p.Helper()
+	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: ecds, ResourceNamesUnsubscribe: names})
+	for late := time.After(10 * time.Second); ; {
+		p.mu.Lock()
+		_, there := p.gateways[gateway].taken[ecds][names[0]]
+		changed := p.changed
+		p.mu.Unlock()
+		if !there {
+			return
+		}
+		select {
+		case <-changed:
+		case <-late:
+			p.Fatal("is not heard")
+		}
+	}
+}
+
+// Connections that began under another filter chain need its shards: they follow every generation until the gateway
+// lets go of them.
+func TestRetained(t *testing.T) {
+	p := newPlane(t)
+	many := extensionsFor(0, 900)
+	shards := shardsOf(many)
+	if len(shards) < 3 {
+		t.Fatalf("the base of this test is in %q", namesOf(many))
+	}
+	p.publishFor("edge", "g1", many)
+	c := p.connect("edge")
+	c.subscribe(ecds, namesOf(many)...)
+	c.take(ecds, namesOf(many)...)
+	p.inForce("g1")
+
+	few := extensionsFor(850, 1100)
+	p.publishFor("edge", "g2", few)
+	c.take(ecds, shards...) // in none of them is what was there
+	if st := p.status(func(s Status) bool { return len(s.Pending) == 1 }); st.Pending[0] != wholeRights || st.InForce != "g1" {
+		t.Errorf("before the new filter chain is there: %+v", st)
+	}
+	for _, name := range shards {
+		if want := few.Version(few.Retained(name, nil).Extension); c.has[ecds][name] != want {
+			t.Errorf("%s is another: %s, not %s", name, c.has[ecds][name], want)
+		}
+	}
+	c.subscribe(ecds, wholeRights)
+	c.take(ecds, wholeRights)
+	p.inForce("g2")
+
+	p.publishFor("edge", "g3", extensionsFor(849, 1100)) // still there, and this is in one of them
+	changed, names := c.receive()
+	if len(names) != 2 || names[0] != wholeRights || !slices.Contains(shards, names[1]) {
+		t.Errorf("one caller more changes %q", names)
+	}
+	if st := p.Status()[0]; st.InForce != "g2" || !slices.Equal(st.Pending, names) {
+		t.Errorf("before it has taken them: %+v", st)
+	}
+	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: ecds, ResponseNonce: changed.Nonce})
+	p.inForce("g3")
+
+	p.leave(c, "edge", shards...)
+	p.publishFor("edge", "g4", extensionsFor(848, 1100))
+	c.take(ecds, wholeRights)
+	p.inForce("g4")
+}
+
+// What is wanted no more while the gateway has not taken it is not waited for.
+func TestRetainedUntilUnsubscribed(t *testing.T) {
+	p := newPlane(t)
+	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
+	p.publishFor("edge", "g1", many)
+	c := p.connect("edge")
+	c.subscribe(ecds, namesOf(many)...)
+	c.take(ecds, namesOf(many)...)
+	p.inForce("g1")
+	p.publishFor("edge", "g2", few)
+	c.refuse(ecds, "no", shardsOf(many)...)
+	p.status(func(s Status) bool { return len(s.Rejected) > 0 && len(s.Pending) == len(shardsOf(many))+1 })
+	p.leave(c, "edge", shardsOf(many)...)
+	if st := p.status(func(s Status) bool { return len(s.Pending) == 1 }); st.Pending[0] != wholeRights {
+		t.Errorf("%+v", st)
+	}
+	c.subscribe(ecds, wholeRights)
+	c.take(ecds, wholeRights)
+	p.inForce("g2")
+
+	p.publishFor("edge", "g3", many) // cuts that were left are made once more
+	c.take(ecds, wholeRights)
+	c.subscribe(ecds, shardsOf(many)...)
+	c.take(ecds, shardsOf(many)...)
+	p.inForce("g3")
+}
+
+// A gateway says which shards its connections need when it comes back, also to a control plane that has never had them.
+func TestReconnectWithRetained(t *testing.T) {
+	p := newPlane(t)
+	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
+	p.publishFor("edge", "g1", many)
+	c := p.connect("edge")
+	c.subscribe(ecds, namesOf(many)...)
+	c.take(ecds, namesOf(many)...)
+	p.inForce("g1")
+	c.cancel()
+	p.status(func(s Status) bool { return !s.Connected })
+
+	for name, other := range map[string]*plane{"the same": p, "another": newPlane(t)} {
+		other.publishFor("edge", "g2", few)
+		again := other.connect("edge")
+		again.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: ecds, ResourceNamesSubscribe: namesOf(many), InitialResourceVersions: maps.Clone(c.has[ecds])})
+		again.take(ecds, shardsOf(many)...)
+		if st := other.status(func(s Status) bool { return len(s.Pending) == 1 }); st.Pending[0] != wholeRights {
+			t.Errorf("%s: %+v", name, st)
+		}
+		again.subscribe(ecds, wholeRights)
+		again.take(ecds, wholeRights)
+		other.inForce("g2")
+	}
+}
+
+// What one gateway needs is not another's business.
+func TestRetainedForOne(t *testing.T) {
+	p := newPlane(t)
+	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
+	clients := map[segment.GatewayName]*client{}
+	for _, name := range []segment.GatewayName{"edge", "other"} {
+		p.publishFor(name, "g1", many)
+		c := p.connect(string(name))
+		c.subscribe(ecds, namesOf(many)...)
+		c.take(ecds, namesOf(many)...)
+		clients[name] = c
+	}
+	for name, c := range clients {
+		if err := p.WaitInForce(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+		p.publishFor(name, "g2", few)
+		c.take(ecds, shardsOf(many)...)
+		c.subscribe(ecds, wholeRights)
+		c.take(ecds, wholeRights)
+	}
+	p.leave(clients["edge"], "edge", shardsOf(many)...)
+	p.inForce("g2")
+	for name, c := range clients {
+		p.publishFor(name, "g3", extensionsFor(849, 1100))
+		if name == "edge" {
+			c.take(ecds, wholeRights)
+		} else {
+			c.take(ecds, wholeRights, "authz/chat/rights/all/spiffe://example.org/app-08")
+		}
+	}
+	p.inForce("g3")
 }
 
 func TestUnknownGateway(t *testing.T) {
@@ -451,4 +647,59 @@ func TestNobodyIsInForce(t *testing.T) {
 	if got := p.InForce("edge"); got != "" {
 		t.Errorf("in force is %q at a gateway that has never been seen", got)
 	}
+}
+
+// One that was started anew has no connections that need what the old one needed.
+func TestRetainedIsForgotten(t *testing.T) {
+	p := newPlane(t)
+	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
+	p.publishFor("edge", "g1", many)
+	c := p.connect("edge")
+	c.subscribe(ecds, namesOf(many)...)
+	c.take(ecds, namesOf(many)...)
+	p.inForce("g1")
+	p.publishFor("edge", "g2", few)
+	c.take(ecds, shardsOf(many)...)
+	c.cancel()
+	p.status(func(s Status) bool { return !s.Connected })
+	fresh := p.connect("edge")
+	fresh.subscribe(ecds, namesOf(few)...)
+	fresh.take(ecds, namesOf(few)...)
+	p.inForce("g2")
+}
+
+// A gateway acknowledges also what it has left meanwhile, and does not have it then.
+func TestUnsubscribeBeforeTheAnswer(t *testing.T) {
+	p := newPlane(t)
+	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
+	p.publishFor("edge", "g1", many)
+	c := p.connect("edge")
+	c.subscribe(ecds, namesOf(many)...)
+	c.take(ecds, namesOf(many)...)
+	p.inForce("g1")
+	p.publishFor("edge", "g2", few)
+	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: ecds, ResourceNamesUnsubscribe: shardsOf(many)})
+	c.take(ecds, shardsOf(many)...)
+	c.subscribe(ecds, wholeRights)
+	c.take(ecds, wholeRights)
+	p.inForce("g2")
+	p.publishFor("edge", "g3", extensionsFor(849, 1100))
+	c.take(ecds, wholeRights)
+	p.inForce("g3")
+}
+
+// What has been sent may be in use before the gateway has said so.
+func TestRetainedBeforeTheAnswer(t *testing.T) {
+	p := newPlane(t)
+	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
+	p.publishFor("edge", "g1", many)
+	c := p.connect("edge")
+	c.subscribe(ecds, namesOf(many)...)
+	r, _ := c.receive()
+	p.publishFor("edge", "g2", few)
+	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: ecds, ResponseNonce: r.Nonce})
+	c.take(ecds, shardsOf(many)...)
+	c.subscribe(ecds, wholeRights)
+	c.take(ecds, wholeRights)
+	p.inForce("g2")
 }

@@ -47,12 +47,13 @@ func (b *bench) bare(documents map[string]string, usage bool) (*subject, error) 
 	for name, text := range documents {
 		docs = append(docs, v1alpha1.Decode(name, []byte(text))...)
 	}
-	cfg, problems := v1alpha1.Assemble(docs, v1alpha1.Options{TrustDomain: trustDomain, Gateway: segment.Gateway{
+	cfg, problems := v1alpha1.Assemble(docs, v1alpha1.Options{TrustDomain: trustDomain, SVIDTTL: time.Hour, Gateway: &segment.Gateway{
 		Name: "bare", ID: spiffeid.RequireFromPath(trustDomain, "/gateway"), SVIDTTL: time.Hour,
 		Listen: netip.MustParseAddrPort(fmt.Sprintf("127.0.0.1:%d", port))}})
 	if problems != nil {
 		return nil, problems
 	}
+	cfg = cfg.For(cfg.Gateways[0])
 	resources := envoy.Lower(&cfg, authz.Compile(&cfg, time.Now()), nil)
 	if err := writeIn(resources, own, usage); err != nil {
 		return nil, err

@@ -178,7 +178,7 @@ type Stages struct {
 // measureStages runs the pipeline's stages in this process.
 func (b *bench) measureStages(_ context.Context, r *Report) error {
 	fmt.Println("\nstages of a changed grant, in ms: least of several")
-	o := v1alpha1.Options{TrustDomain: trustDomain, Gateway: segment.Gateway{
+	o := v1alpha1.Options{TrustDomain: trustDomain, SVIDTTL: time.Hour, Gateway: &segment.Gateway{
 		Name: "local", ID: spiffeid.RequireFromPath(trustDomain, "/gateway/local"), SVIDTTL: time.Hour}}
 	for _, n := range b.sizes {
 		st := &Stages{Grants: n}
@@ -214,10 +214,11 @@ func (b *bench) measureStages(_ context.Context, r *Report) error {
 		st.Read = least(func() { remember(&memo, folder) })
 		st.Assemble = least(func() { _, _ = v1alpha1.Assemble(docs, o) })
 		policy := authz.Recompile(last[1].Policy, &cfgs[0], time.Now())
+		only, earlier := cfgs[0].For(cfgs[0].Gateways[0]), last[1].Resources["local"]
 		st.Compile = least(func() { authz.Recompile(last[1].Policy, &cfgs[0], time.Now()) })
-		resources := envoy.Relower(last[1].Resources, &cfgs[0], policy, nil)
-		st.Lower = least(func() { envoy.Relower(last[1].Resources, &cfgs[0], policy, nil) })
-		st.Check = least(func() { _ = envoy.Recheck(last[1].Resources, resources) })
+		resources := envoy.Lower(&only, policy, nil, earlier)
+		st.Lower = least(func() { envoy.Lower(&only, policy, nil, earlier) })
+		st.Check = least(func() { _ = envoy.Check(resources, earlier) })
 		st.First = least(func() { _, _ = controlplane.Generate(cfgs[0], nil, time.Now()) })
 		st.All = least(func() { _, _ = controlplane.Regenerate(last[1], cfgs[0], nil, time.Now()) })
 		r.Stages = append(r.Stages, st)

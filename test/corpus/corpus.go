@@ -52,7 +52,7 @@ type Line struct {
 // Options are what the documents of all cases are assembled with.
 func Options() v1alpha1.Options {
 	td := spiffeid.RequireTrustDomainFromString("example.org")
-	return v1alpha1.Options{TrustDomain: td, Gateway: segment.Gateway{
+	return v1alpha1.Options{TrustDomain: td, SVIDTTL: time.Hour, Gateway: &segment.Gateway{
 		Name: "test", ID: spiffeid.RequireFromPath(td, "/gateway/test"), SVIDTTL: time.Hour,
 	}}
 }

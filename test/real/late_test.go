@@ -14,6 +14,7 @@ import (
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"google.golang.org/grpc"
 
 	"sallyport.dev/api/v1alpha1"
@@ -21,6 +22,7 @@ import (
 	"sallyport.dev/controlplane/envoy"
 	"sallyport.dev/controlplane/gateway"
 	"sallyport.dev/controlplane/xds"
+	"sallyport.dev/identity"
 	"sallyport.dev/identity/attest"
 	"sallyport.dev/identity/disk"
 	"sallyport.dev/identity/issuer"
@@ -60,10 +62,14 @@ func TestAuthorizationThatNeverComes(t *testing.T) {
 	if problems != nil {
 		t.Fatal(problems)
 	}
+	config = config.For(*options.Gateway)
 	resources := envoy.Lower(&config, authz.Compile(&config, time.Now()), names)
 	if err := envoy.Check(resources); err != nil {
 		t.Fatal(err)
 	}
+	// Not what Lower made, which would know what it lacks.
+	resources = &envoy.Resources{Listeners: resources.Listeners, Routes: resources.Routes, Extensions: resources.Extensions,
+		Clusters: resources.Clusters, Assignments: resources.Assignments}
 	for name, without := range missing {
 		resources.Extensions = slices.DeleteFunc(resources.Extensions, func(e *corev3.TypedExtensionConfig) bool {
 			return slices.Contains(without(segment.EndpointName(name)), e.Name)
@@ -120,7 +126,10 @@ func serveParts(t *testing.T, dir string, options v1alpha1.Options, resources *e
 	if err := u.keys.load(filepath.Join(dir, "ca", "ca.pem")); err != nil {
 		t.Fatal(err)
 	}
-	identities := issuer.New(issuer.Config{Authority: authority, Attest: attest.Selectors})
+	local := &issuer.Local{}
+	local.Set(identity.Authorities{X509: authority})
+	identities := issuer.New(issuer.Config{Certifier: local, Attest: attest.Selectors})
+	identities.SetBundles(issuer.Bundles{Own: spiffebundle.FromX509Bundle(authority.Bundle())})
 	var hosts []string
 	for _, l := range resources.Listeners {
 		for _, chain := range l.FilterChains {
@@ -133,11 +142,11 @@ func serveParts(t *testing.T, dir string, options v1alpha1.Options, resources *e
 	if err := gateways.Publish(t.Context(), options.Gateway.Name, "one", resources); err != nil {
 		t.Fatal(err)
 	}
-	identity := grpc.NewServer(grpc.Creds(attest.NewCredentials()))
-	sds.Register(identity, identities, slog.New(slog.DiscardHandler))
+	identityServer := grpc.NewServer(grpc.Creds(attest.NewCredentials()))
+	sds.Register(identityServer, identities, slog.New(slog.DiscardHandler))
 	control := grpc.NewServer()
-	gateways.Register(t.Context(), control)
-	for path, server := range map[string]*grpc.Server{sockets.Identity: identity, sockets.Control: control} {
+	gateways.Register(t.Context(), control, nil)
+	for path, server := range map[string]*grpc.Server{sockets.Identity: identityServer, sockets.Control: control} {
 		l, err := net.Listen("unix", path)
 		if err != nil {
 			t.Fatal(err)

@@ -39,6 +39,7 @@ func TestShards(t *testing.T) {
 		"/app-900000": http.StatusForbidden,
 		"/zero":       http.StatusForbidden,
 	}
+	streaming := u.as(t, "/app-3", http1).stream(t, "a", b) // is never cut, wherever the shards go
 	stop := make(chan struct{})
 	var asking sync.WaitGroup
 	for who, status := range want {
@@ -87,8 +88,10 @@ func TestShards(t *testing.T) {
 		u.write(t, "grants.yaml", strings.Replace(text, grant(fmt.Sprintf("g%d", n-1), last, "a", "Infer", "m"), "", 1))
 		began := time.Now()
 		eventually(t, "denial of "+last, func() bool { return now.chat(t, "a", "m").status == http.StatusForbidden })
+		streaming.goesOn(t)
 		t.Logf("%d grants in %d shards: denied %s after the edit", n, shards(), time.Since(began).Round(time.Millisecond))
 	}
+	streaming.stream.end(t, "")
 	close(stop)
 	asking.Wait()
 	if got := slices.Sorted(maps.Keys(counts)); len(got) < 3 || got[0] != 0 {
