@@ -8,7 +8,7 @@ race := $(if $(shell command -v gcc || command -v cc),-race)
 export PYTHONDONTWRITEBYTECODE := 1
 export GOLANGCI_LINT_CACHE := $(CURDIR)/.parts/golangci-lint
 
-.PHONY: help build parts demo up test vet lint unit fuzz python bench golden lock clean
+.PHONY: help build parts demo up test vet lint unit fuzz python bench golden proto lock clean
 .NOTPARALLEL: test
 
 help: ## Show this list
@@ -50,6 +50,12 @@ bench: build parts ## Measure what the gateway costs
 
 golden: ## Write the golden files anew; read the difference before you commit it
 	go test $$(grep -rl --include='*_test.go' 'flag.Bool("update"' */ | sed 's|^|./|; s|/[^/]*$$||' | sort -u) -update
+
+proto: ## Generate the Go code of every .proto anew
+	python3 -m venv .parts/protoc && .parts/protoc/bin/pip install --quiet grpcio-tools==1.85.1
+	go build -modfile=tools/go.mod -o .parts/protoc/bin/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+	PATH="$(CURDIR)/.parts/protoc/bin:$$PATH" .parts/protoc/bin/python -m grpc_tools.protoc -I. --go_out=. --go-grpc_out=. \
+		--go_opt=paths=source_relative --go-grpc_opt=paths=source_relative identity/node/nodepb/node.proto
 
 lock: ## Write the lock files of the parts anew (needs uv)
 	deploy/parts/lock.sh

@@ -251,29 +251,159 @@ func TestVerifyRefusesForged(t *testing.T) {
 func TestIntermediate(t *testing.T) {
 	key, rootKey := newKey(t), newKey(t)
 	root := authorityOf(t, rootKey, 24*time.Hour)
-	template, err := identity.CATemplate(td, time.Hour, start, rand.Reader)
+	parent, err := identity.NewParent([]*x509.Certificate{root.Certificate()}, rootKey)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template.NotBefore = start.Truncate(time.Second) // others may not backdate
-	der, err := x509.CreateCertificate(rand.Reader, template, root.Certificate(), key.Public(), rootKey)
+	template, err := parent.IntermediateTemplate(td, time.Hour, start, rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert, err := x509.ParseCertificate(der)
+	certs, err := parent.SignIntermediate(template, key.Public(), start)
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := identity.NewAuthority([]*x509.Certificate{cert, root.Certificate()}, key)
+	want := `subject ["Sallyport"]
+uri [spiffe://example.org]
+dns []
+ca true keyUsage 1100000 extKeyUsage []
+from 2026-03-01 11:59:50 to 2026-03-01 13:00:00
+ECDSA-SHA256
+critical 2.5.29.15
+critical 2.5.29.19
+`
+	if diff := cmp.Diff(want, fields(certs[0])); diff != "" {
+		t.Error(diff)
+	}
+	if certs[0].MaxPathLen != 0 || !certs[0].MaxPathLenZero {
+		t.Error("it may have others below it")
+	}
+	a, err := identity.NewAuthority(certs, key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	chain := issue(t, a, identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: 2 * time.Hour}, start)
-	if len(chain) != 2 || chain[0].NotBefore.Before(cert.NotBefore) || chain[0].NotAfter.After(cert.NotAfter) {
+	if len(chain) != 2 || chain[0].NotBefore.Before(certs[0].NotBefore) || chain[0].NotAfter.After(certs[0].NotAfter) {
 		t.Errorf("chain of %d, %s to %s", len(chain), chain[0].NotBefore, chain[0].NotAfter)
 	}
 	if _, err := identity.Verify(chain, root.Bundle(), start); err != nil {
 		t.Error(err)
+	}
+	if !a.Root().Equal(root.Certificate()) {
+		t.Error("another root")
+	}
+	for _, when := range []time.Time{start.Add(-time.Minute), start.Add(2 * time.Hour), {}} {
+		if a.Check(start) != nil || a.Check(when) == nil {
+			t.Errorf("good at %s: %v, at %s: %v", start, a.Check(start), when, a.Check(when))
+		}
+	}
+	if root.Check(start) != nil || root.Check(start.Add(25*time.Hour)) == nil {
+		t.Error("a root that has ended is good")
+	}
+	if _, err := identity.NewParent(certs, key); err == nil || !strings.Contains(err.Error(), "pathLenConstraint") {
+		t.Errorf("an authority of path length 0 as a parent: %v", err)
+	}
+	below, err := x509.CreateCertificate(rand.Reader, template, certs[0], key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(below)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := identity.NewAuthority(append([]*x509.Certificate{cert}, certs...), key); err == nil {
+		t.Error("an authority below one of path length 0: accepted")
+	}
+}
+
+// Whatever a template says, what would not be accepted below its parent is not handed out.
+func TestSignIntermediateRefuses(t *testing.T) {
+	rootKey, key := newKey(t), newKey(t)
+	root := authorityOf(t, rootKey, 24*time.Hour)
+	parent, err := identity.NewParent([]*x509.Certificate{root.Certificate()}, rootKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, spoil := range map[string]func(*x509.Certificate){
+		"a leaf":             func(c *x509.Certificate) { c.IsCA, c.MaxPathLenZero = false, false },
+		"no signing":         func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageDigitalSignature },
+		"a workload":         func(c *x509.Certificate) { c.URIs[0].Path = "/app" },
+		"no trust domain":    func(c *x509.Certificate) { c.URIs = nil },
+		"outlives its root":  func(c *x509.Certificate) { c.NotAfter = root.Certificate().NotAfter.Add(time.Second) },
+		"is older than it":   func(c *x509.Certificate) { c.NotBefore = root.Certificate().NotBefore.Add(-time.Second) },
+		"has ended":          func(c *x509.Certificate) { c.NotAfter = start.Add(-time.Second) },
+		"for clients only":   func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} },
+		"not for its domain": func(c *x509.Certificate) { c.ExcludedURIDomains = []string{"example.org"} },
+	} {
+		template, err := parent.IntermediateTemplate(td, time.Hour, start, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		spoil(template)
+		certs, err := parent.SignIntermediate(template, key.Public(), start)
+		if err == nil && name == "not for its domain" { // it is the SVIDs below it that are not accepted then
+			a, err := identity.NewAuthority(certs, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			leaf, err := a.SVIDTemplate(identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: time.Minute}, start, rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := a.Sign(leaf, newKey(t).Public(), start); err == nil {
+				t.Errorf("%s: signs SVIDs", name)
+			}
+			continue
+		}
+		if err == nil {
+			t.Errorf("%s: signed", name)
+		}
+	}
+	for _, when := range []time.Time{start.Add(-time.Hour), start.Add(24 * time.Hour)} {
+		if _, err := parent.IntermediateTemplate(td, time.Hour, when, rand.Reader); err == nil {
+			t.Errorf("made a template at %s", when)
+		}
+	}
+	if _, err := parent.SignIntermediate(&x509.Certificate{}, key.Public(), time.Time{}); err == nil {
+		t.Error("signed nothing at no time")
+	}
+	if s := fmt.Sprintf("%v %+v", parent, parent); strings.Contains(s, "signer") {
+		t.Errorf("prints as %s", s)
+	}
+}
+
+// Renewal is at half life, spread over a fifth of it, the same whenever one asks, and never past.
+func TestRenewAt(t *testing.T) {
+	a := newAuthority(t, 1000*time.Hour)
+	early, late := 1.0, 0.0
+	for range 200 {
+		template, err := a.SVIDTemplate(identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: time.Hour}, start, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := identity.RenewAt(template)
+		if at != identity.RenewAt(template) {
+			t.Fatal("another time when asked again")
+		}
+		part := float64(at.Sub(template.NotBefore)) / float64(template.NotAfter.Sub(template.NotBefore))
+		early, late = min(early, part), max(late, part)
+	}
+	if early < 0.4 || early > 0.43 || late > 0.6 || late < 0.57 {
+		t.Errorf("between %f and %f of a life", early, late)
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		ttl := time.Duration(rapid.Int64Range(int64(identity.MinTTL), int64(time.Hour)).Draw(t, "ttl"))
+		now := start.Add(time.Duration(rapid.Int64Range(0, int64(time.Second)).Draw(t, "age")))
+		template, err := a.SVIDTemplate(identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: ttl}, now, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if at := identity.RenewAt(template); !at.After(now) || !at.Before(template.NotAfter) {
+			t.Fatalf("renewed at %s, made at %s, ends %s", at, now, template.NotAfter)
+		}
+	})
+	if at := identity.RenewAt(&x509.Certificate{}); !at.IsZero() {
+		t.Errorf("of nothing: %s", at)
 	}
 }
 

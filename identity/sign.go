@@ -45,10 +45,57 @@ func (a *Authority) Sign(template *x509.Certificate, pub crypto.PublicKey, now t
 	if _, err := Verify(chain, a.Bundle(), now); err != nil {
 		return nil, fmt.Errorf("sign SVID: %w", err)
 	}
-	if from, to := a.validity(); leaf.NotBefore.Before(from) || leaf.NotAfter.After(to) {
+	if from, to := validity(a.chain); leaf.NotBefore.Before(from) || leaf.NotAfter.After(to) {
 		return nil, errors.New("sign SVID: it is valid when the authority is not")
 	}
 	return chain, nil
+}
+
+// SignIntermediate certifies that the holder of the public key's private key is an authority that stands below p. It
+// returns the chain to make an Authority of: the new certificate first, the root last. Whatever the template says, the
+// result is verified before it is returned, name constraints of those above it included (X509-SVID 4.2).
+func (p *Parent) SignIntermediate(template *x509.Certificate, pub crypto.PublicKey, now time.Time) ([]*x509.Certificate, error) {
+	der, err := x509.CreateCertificate(rand.Reader, template, p.chain[0], pub, p.signer)
+	if err != nil {
+		return nil, fmt.Errorf("sign authority: %w", err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("sign authority: %w", err)
+	}
+	chain := slices.Concat([]*x509.Certificate{cert}, p.chain)
+	if err := checkIntermediate(chain, now); err != nil {
+		return nil, fmt.Errorf("sign authority: %w", err)
+	}
+	return chain, nil
+}
+
+// checkIntermediate checks that what the first of a chain signs will be accepted now by whoever trusts the last.
+func checkIntermediate(chain []*x509.Certificate, now time.Time) error {
+	if now.IsZero() { // crypto/x509 would take its own clock
+		return errors.New("no time given")
+	}
+	if _, err := trustDomainOf(chain[0]); err != nil {
+		return err
+	}
+	if err := checkChain(chain, 0); err != nil {
+		return err
+	}
+	if from, to := validity(chain[1:]); chain[0].NotBefore.Before(from) || chain[0].NotAfter.After(to) {
+		return errors.New("it is valid when those above it are not")
+	}
+	roots, between := x509.NewCertPool(), x509.NewCertPool()
+	roots.AddCert(chain[len(chain)-1])
+	for _, c := range chain[1 : len(chain)-1] {
+		between.AddCert(c)
+	}
+	for _, use := range []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth} { // an SVID is both
+		if _, err := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: now,
+			KeyUsages: []x509.ExtKeyUsage{use}}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Verify returns the SPIFFE ID of an X.509-SVID that is valid now under one of the bundles (X509-SVID 5). Beyond

@@ -1,8 +1,10 @@
 package identity
 
 import (
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -80,7 +82,7 @@ func (a *Authority) SVIDTemplate(r Request, now time.Time, random io.Reader) (*x
 	if err != nil {
 		return nil, fmt.Errorf("make SVID template: %w", err)
 	}
-	from, to := a.validity()
+	from, to := validity(a.chain)
 	notBefore, notAfter, err := lifetime(now, r.TTL, from, to)
 	if err != nil {
 		return nil, fmt.Errorf("make SVID template: %w", err)
@@ -97,9 +99,37 @@ func (a *Authority) SVIDTemplate(r Request, now time.Time, random io.Reader) (*x
 	}, nil
 }
 
-// RotateAt is when a certificate should be replaced: at half its life.
+// IntermediateTemplate is the certificate of an authority of a trust domain that stands below p: as CATemplate's, with a
+// path length of zero, so that it signs SVIDs and no further authority (X509-SVID 4.1). It begins and ends within the
+// lives of those above it.
+func (p *Parent) IntermediateTemplate(td spiffeid.TrustDomain, life time.Duration, now time.Time, random io.Reader) (*x509.Certificate, error) {
+	t, err := CATemplate(td, life, now, random)
+	if err != nil {
+		return nil, err
+	}
+	from, to := validity(p.chain)
+	if t.NotBefore, t.NotAfter, err = lifetime(now, life, from, to); err != nil {
+		return nil, fmt.Errorf("make authority template: %w", err)
+	}
+	t.MaxPathLenZero = true
+	return t, nil
+}
+
+// RotateAt is the middle of a certificate's life.
 func RotateAt(notBefore, notAfter time.Time) time.Time {
 	return notBefore.Add(notAfter.Sub(notBefore) / 2)
+}
+
+// RenewAt is when a certificate should be replaced: at half its life, more or less a tenth of it, by its serial number.
+// Many that were issued at once are so not replaced at once; and whoever asks again gets the same answer.
+func RenewAt(c *x509.Certificate) time.Time {
+	var serial []byte
+	if c.SerialNumber != nil {
+		serial = c.SerialNumber.Bytes()
+	}
+	sum := sha256.Sum256(serial) // serial numbers of others may be a sequence
+	jitter := float64(binary.BigEndian.Uint32(sum[:])) / (1 << 32)
+	return c.NotBefore.Add(time.Duration(float64(c.NotAfter.Sub(c.NotBefore)) * (0.4 + 0.2*jitter)))
 }
 
 // lifetime fits a lifetime into the issuer's own. The backdating is at most a tenth of what lies ahead, so half life

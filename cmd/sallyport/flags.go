@@ -35,18 +35,34 @@ type deployment struct {
 }
 
 func (d *deployment) add(flags *pflag.FlagSet) {
-	flags.StringVar(&d.trustDomain, "trust-domain", "example.org", "trust domain `NAME` of all identities that are issued")
+	d.addIdentity(flags)
 	flags.StringVar(&d.listen, "listen", "127.0.0.1:8443", "`ADDRESS` and port on which the gateway accepts callers (mTLS)")
+}
+
+func (d *deployment) addIdentity(flags *pflag.FlagSet) {
+	flags.StringVar(&d.trustDomain, "trust-domain", "example.org", "trust domain `NAME` of all identities that are issued")
 	flags.DurationVar(&d.svidTTL, "svid-ttl", time.Hour, "lifetime of X.509-SVIDs; they are renewed at half of it")
 }
 
 // minTTL leaves room for renewal, for the age of connections, and for clocks that disagree a little.
 const minTTL = 20 * time.Second
 
-func (d *deployment) options() (v1alpha1.Options, error) {
+// identityOptions are those without a gateway of this process.
+func (d *deployment) identityOptions() (v1alpha1.Options, error) {
 	td, err := spiffeid.TrustDomainFromString(d.trustDomain)
 	if err != nil {
 		return v1alpha1.Options{}, usage("a trust domain looks like example.org", "--trust-domain: %w", err)
+	}
+	if d.svidTTL < minTTL || d.svidTTL > 30*24*time.Hour {
+		return v1alpha1.Options{}, usage("SVIDs live for 20s to 720h", "--svid-ttl: %s is out of range", d.svidTTL)
+	}
+	return v1alpha1.Options{TrustDomain: td, SVIDTTL: d.svidTTL}, nil
+}
+
+func (d *deployment) options() (v1alpha1.Options, error) {
+	options, err := d.identityOptions()
+	if err != nil {
+		return options, err
 	}
 	addr, err := netip.ParseAddrPort(d.listen)
 	if err != nil {
@@ -55,15 +71,12 @@ func (d *deployment) options() (v1alpha1.Options, error) {
 	if addr.Port() == 0 {
 		return v1alpha1.Options{}, usage("name a port, as in 127.0.0.1:8443: callers must know it", "--listen: port 0 is none")
 	}
-	if d.svidTTL < minTTL || d.svidTTL > 30*24*time.Hour {
-		return v1alpha1.Options{}, usage("SVIDs live for 20s to 720h", "--svid-ttl: %s is out of range", d.svidTTL)
-	}
-	id, err := spiffeid.FromSegments(td, "gateway", "local")
+	id, err := spiffeid.FromSegments(options.TrustDomain, "gateway", "local")
 	if err != nil {
 		return v1alpha1.Options{}, fmt.Errorf("name the gateway: %w", err)
 	}
-	return v1alpha1.Options{TrustDomain: td, Gateway: segment.Gateway{
-		Name: "local", ID: id, Listen: addr, SVIDTTL: d.svidTTL}}, nil
+	options.Gateway = &segment.Gateway{Name: "local", ID: id, Listen: addr, SVIDTTL: d.svidTTL}
+	return options, nil
 }
 
 // assemble reads a folder of documents, all of it or none.
@@ -77,6 +90,12 @@ func (d *deployment) assemble(path string) (segment.Config, error) {
 		return segment.Config{}, problems
 	}
 	return cfg, nil
+}
+
+// envoyFlags adds what a gateway's Envoy is started with.
+func envoyFlags(flags *pflag.FlagSet, path *string, threads *int) {
+	flags.StringVar(path, "envoy", os.Getenv("ENVOY"), "`PATH` of Envoy")
+	flags.IntVar(threads, "envoy-threads", 0, "`N` worker threads of Envoy; 0: one for each core")
 }
 
 // stateFlag adds the flag --state.

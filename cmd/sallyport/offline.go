@@ -252,20 +252,21 @@ func writeRights(w io.Writer, caller string, rights []authz.Right) error {
 func renderCommand() *cobra.Command {
 	var d deployment
 	var o output
-	var from, state string
+	var from, state, gateway string
 	cmd := &cobra.Command{
 		Use:   "render",
 		Short: "Show the Envoy resources that the documents become",
 		Long:  "Render shows what the gateway is sent, as YAML. It asks the running `up`, or with -f reads documents.",
 		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			text, err := rendered(cmd, &d, from, state)
+			text, err := rendered(cmd, &d, from, state, gateway)
 			if err != nil {
 				return err
 			}
 			return o.print(cmd.OutOrStdout(), text, nil)
 		},
 	}
+	cmd.Flags().StringVar(&gateway, "gateway", "", "`NAME` of the gateway, if there are several")
 	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from `DIR` instead of asking the running up")
 	o.add(cmd, "yaml", "json")
 	stateFlag(cmd.Flags(), &state)
@@ -273,10 +274,10 @@ func renderCommand() *cobra.Command {
 	return cmd
 }
 
-func rendered(cmd *cobra.Command, d *deployment, from, state string) (json.RawMessage, error) {
+func rendered(cmd *cobra.Command, d *deployment, from, state, gateway string) (json.RawMessage, error) {
 	if from == "" {
 		return ask(cmd, state, func(c *operator.Client) (text json.RawMessage, err error) {
-			return text, c.Get(cmd.Context(), "/render", nil, &text)
+			return text, c.Get(cmd.Context(), "/render", url.Values{"gateway": {gateway}}, &text)
 		})
 	}
 	cfg, err := d.assemble(from)
@@ -287,5 +288,9 @@ func rendered(cmd *cobra.Command, d *deployment, from, state string) (json.RawMe
 	if err != nil {
 		return nil, err
 	}
-	return envoy.Render(g.Resources)
+	resources, failure := operator.ResourcesOf(g, segment.GatewayName(gateway))
+	if failure != nil {
+		return nil, usage(failure.Hint, "%s", failure.Error)
+	}
+	return envoy.Render(resources)
 }

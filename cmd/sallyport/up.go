@@ -4,49 +4,35 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
-	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	"github.com/spf13/cobra"
-	collectorpb "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
-	"sallyport.dev/api/v1alpha1"
 	"sallyport.dev/controlplane"
-	"sallyport.dev/controlplane/catalog"
 	"sallyport.dev/controlplane/envoy"
-	"sallyport.dev/controlplane/filesource"
 	"sallyport.dev/controlplane/gateway"
 	"sallyport.dev/controlplane/operator"
 	"sallyport.dev/controlplane/xds"
 	"sallyport.dev/identity/attest"
-	"sallyport.dev/identity/disk"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/sds"
 	"sallyport.dev/identity/workloadapi"
 	"sallyport.dev/segment"
-	"sallyport.dev/telemetry"
-	"sallyport.dev/telemetry/export"
-	"sallyport.dev/telemetry/ingest"
-	"sallyport.dev/telemetry/store"
 )
 
 // up is the flags of the command.
 type up struct {
-	deployment
-	documents   string
-	state       string
+	planeFlags
 	workload    string
-	otlp        string
 	envoy       string
 	concurrency int
-	logFormat   string
-	poll        time.Duration
 }
 
 func upCommand() *cobra.Command {
@@ -66,30 +52,19 @@ Envoy ` + gateway.Version + ` is taken from --envoy or $ENVOY, else from PATH, e
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVarP(&u.documents, "file", "f", "", "`DIR` or file with the documents (needed)")
-	stateFlag(flags, &u.state)
+	u.planeFlags.add(flags)
+	u.deployment.add(flags)
 	flags.StringVar(&u.workload, "workload-socket", defaultWorkloadSocket(), "`PATH` of the Unix socket of the SPIFFE Workload API and SDS")
-	flags.StringVar(&u.otlp, "otlp-listen", "127.0.0.1:4317", "`ADDRESS` and port on which applications send spans (OTLP/gRPC); empty: nowhere")
-	flags.StringVar(&u.envoy, "envoy", os.Getenv("ENVOY"), "`PATH` of Envoy")
-	flags.IntVar(&u.concurrency, "envoy-threads", 0, "`N` worker threads of Envoy; 0: one for each core")
-	flags.DurationVar(&u.poll, "poll", 2*time.Second, "ask vector stores what they hold once every `DURATION`")
-	flags.StringVar(&u.logFormat, "log-format", "text", "`FORMAT`: text or json")
-	u.add(flags)
+	envoyFlags(flags, &u.envoy, &u.concurrency)
 	return cmd
 }
 
 func (u *up) run(ctx context.Context, errOut io.Writer) error {
-	if u.documents == "" {
-		return usage("`sallyport up -f DIR`, where DIR holds the documents", "-f is missing")
-	}
-	if _, err := os.Stat(u.documents); err != nil {
-		return failed("make the folder first; it may be empty, and then everything is denied", "read documents: %w", err)
-	}
 	options, err := u.options()
 	if err != nil {
 		return err
 	}
-	log, err := u.logger(errOut)
+	log, err := logger(u.logFormat, errOut)
 	if err != nil {
 		return err
 	}
@@ -97,163 +72,87 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if err := free(u.listen); err != nil {
+	if err := free(u.deployment.listen); err != nil {
 		return err
 	}
-	state, err := openState(u.state)
+	p, err := newPlane(ctx, u.planeFlags, options, log)
 	if err != nil {
 		return err
 	}
-	defer state.close()
-	authority, err := disk.Open(filepath.Join(state.dir, "ca"), options.TrustDomain, time.Now())
-	if err != nil {
-		return err
-	}
-
-	// --- the parts ---
-
-	records := store.New(store.Config{Path: filepath.Join(state.dir, "telemetry.db"), Log: log})
-	forward, err := export.FromEnvironment(log)
-	if err != nil {
-		return failed("see the OTEL_EXPORTER_OTLP_* variables in the OpenTelemetry specification", "export traces: %w", err)
-	}
-	traces := ingest.TracesConfig{Source: telemetry.FromGateway, Spans: records}
-	if forward != nil {
-		traces.Forward = forward
-	}
-	identities := issuer.New(issuer.Config{Authority: authority, Attest: attest.Selectors})
-	gateways := xds.New()
-	names := make(chan envoy.Names, 1)
-	lists := &catalog.Catalog{
-		Learned: func(n envoy.Names) { newest(names, n) },
-		InForce: func(ctx context.Context) error { return gateways.WaitInForce(ctx, options.Gateway.Name) },
-		Every:   u.poll,
-		Log:     log,
-	}
-	documents := make(chan v1alpha1.Snapshot)
+	defer p.state.close()
+	own := *options.Gateway
 	first := firstSink(make(chan struct{}))
-	pipeline := &controlplane.Pipeline{
-		Options: options, Documents: documents, Names: names, Log: log,
-		Sinks: []controlplane.Sink{
-			entries{identities, binary, options.Gateway},
-			published{gateways, options.Gateway.Name},
-			lists,
-			first,
-		},
-	}
-
-	// --- the sockets ---
+	// Whom the gateway is must be known before it is told anything.
+	p.pipeline.Sinks = slices.Concat([]controlplane.Sink{entries{p.identities, binary, own}}, p.pipeline.Sinks, []controlplane.Sink{first})
 
 	identitySocket, err := listenUnix(u.workload, 0o777, 0o755, "name another path with --workload-socket")
 	if err != nil {
 		return err
 	}
-	controlSocket, err := state.listen("control.sock")
+	controlSocket, err := p.state.listen("control.sock")
 	if err != nil {
 		return err
 	}
-	catalogSocket, err := state.listen("catalog.sock")
+	catalogSocket, err := p.state.listen("catalog.sock")
 	if err != nil {
 		return err
 	}
-	operatorSocket, err := state.listen("operator.sock")
-	if err != nil {
-		return err
-	}
-	var otlpListener net.Listener
-	if u.otlp != "" {
-		if otlpListener, err = net.Listen("tcp", u.otlp); err != nil {
-			return failed("name another with --otlp-listen, or none with --otlp-listen=", "receive spans: %w", err)
-		}
-	}
-
-	// --- the servers ---
-
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
-	group, ctx := errgroup.WithContext(ctx)
-	// At the end Envoy goes first: what it serves and reports until then needs the servers. They end with serving, and
-	// the store after them.
-	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopServing()
-	identityServer := grpc.NewServer(openToAll(attest.NewCredentials())...)
-	workloadapi.Register(identityServer, identities)
-	sds.Register(identityServer, identities, log)
-	serveGRPC(serving, group, identityServer, identitySocket)
-
-	control := grpc.NewServer(grpc.MaxRecvMsgSize(64 << 20))
-	gateways.Register(serving, control)
-	accesslogv3.RegisterAccessLogServiceServer(control, ingest.NewAccessLog(stamped{records, gateways}))
-	collectorpb.RegisterTraceServiceServer(control, ingest.NewTraces(traces))
-	serveGRPC(serving, group, control, controlSocket)
-
-	if otlpListener != nil {
-		applications := grpc.NewServer()
-		collectorpb.RegisterTraceServiceServer(applications, ingest.NewTraces(ingest.TracesConfig{
-			Source: telemetry.FromApplication, Spans: records}))
-		serveGRPC(serving, group, applications, otlpListener)
-	}
-	serveHTTP(serving, group, lists, catalogSocket)
-	serveHTTP(serving, group, (&operator.Server{
-		About: operator.About{Version: version(), Started: time.Now(), TrustDomain: options.TrustDomain,
-			Listen: u.listen, Workload: u.workload, OTLP: u.otlp},
-		Pipeline: pipeline, Gateways: gateways, Store: records,
-	}).Handler(), operatorSocket)
-
-	group.Go(func() error { return filesource.Source{Path: u.documents, Log: log}.Run(ctx, documents) })
-	group.Go(func() error { return pipeline.Run(ctx) })
-	group.Go(func() error { return lists.Run(serving) })
-	if forward != nil {
-		group.Go(func() error { return forward.Run(serving) })
-	}
-
-	storeCtx, storeStop := context.WithCancel(context.WithoutCancel(ctx))
-	storeDone := make(chan struct{})
-	go func() {
-		defer close(storeDone)
-		_ = records.Run(storeCtx) // always nil: a disk that fails is no reason to end
-	}()
-
-	envoySocket := filepath.Join(state.run, "envoy.sock")
+	envoySocket := filepath.Join(p.state.run, "envoy.sock")
 	supervisor := &gateway.Supervisor{
-		Binary: binary, Folder: state.run, Concurrency: u.concurrency, Log: log,
-		Bootstrap: envoy.Bootstrap(options.Gateway.Name, envoy.Sockets{
+		Binary: binary, Folder: p.state.run, Concurrency: u.concurrency, Log: log,
+		Bootstrap: envoy.Bootstrap(own.Name, envoy.Sockets{
 			Control: controlSocket.Addr().String(), Identity: u.workload,
 			Catalog: catalogSocket.Addr().String(), Admin: envoySocket}),
 	}
-	group.Go(func() error {
-		defer stopServing()
-		select {
-		case <-first: // Envoy may ask for its identity only when there is one
-			running, end := context.WithCancel(context.WithoutCancel(ctx))
-			defer end()
-			defer context.AfterFunc(ctx, func() {
-				lastReports(envoySocket)
-				end()
-			})()
-			return supervisor.Run(running)
-		case <-ctx.Done():
-			return nil
-		}
-	})
-	group.Go(func() error { return announce(ctx, log, gateways, pipeline, u) })
+	about := operator.About{Listen: u.deployment.listen, Workload: u.workload, OTLP: u.otlp}
+	return p.run(ctx, about, func(group *errgroup.Group, ctx, serving context.Context, stopServing func()) error {
+		identityServer := grpc.NewServer(openToAll(attest.NewCredentials())...)
+		workloadapi.Register(identityServer, p.identities)
+		sds.Register(identityServer, p.identities, log)
+		serveGRPC(serving, group, identityServer, identitySocket)
 
-	err = group.Wait()
-	storeStop()
-	<-storeDone
-	log.Info("stopped")
-	return err
+		control := grpc.NewServer(grpc.MaxRecvMsgSize(64<<20), xds.Endable())
+		p.gateways.Register(serving, control, nil)
+		p.reports(control)
+		serveGRPC(serving, group, control, controlSocket)
+		serveHTTP(serving, group, askedBy(own.Name, p.lists), catalogSocket)
+
+		group.Go(func() error {
+			defer stopServing()
+			select {
+			case <-first: // Envoy may ask for its identity only when there is one
+				running, end := context.WithCancel(context.WithoutCancel(ctx))
+				defer end()
+				defer context.AfterFunc(ctx, func() {
+					lastReports(envoySocket)
+					end()
+				})()
+				return supervisor.Run(running)
+			case <-ctx.Done():
+				return nil
+			}
+		})
+		group.Go(func() error { return announce(ctx, p, u) })
+		return nil
+	})
+}
+
+// askedBy notes in whose name the catalogue is asked.
+func askedBy(name segment.GatewayName, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), asking{}, name)))
+	})
 }
 
 // announce says when the first generation is in force and callers are answered. Envoy takes a listener a moment before
 // it accepts connections.
-func announce(ctx context.Context, log *slog.Logger, gateways *xds.Server, pipeline *controlplane.Pipeline, u *up) error {
-	options := pipeline.Options
-	if err := gateways.WaitInForce(ctx, options.Gateway.Name); err != nil {
+func announce(ctx context.Context, p *plane, u *up) error {
+	own := p.options.Gateway
+	if err := p.gateways.WaitInForce(ctx, own.Name); err != nil {
 		return nil //nolint:nilerr // it was told to end before
 	}
-	for tick := time.Tick(10 * time.Millisecond); pipeline.State().Generation.Resources.Listeners != nil; {
-		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", options.Gateway.Listen.String())
+	for tick := time.Tick(10 * time.Millisecond); p.pipeline.State().Generation.Resources[own.Name].Listeners != nil; {
+		c, err := (&net.Dialer{}).DialContext(ctx, "tcp", own.Listen.String())
 		if err == nil {
 			c.Close()
 			break
@@ -264,19 +163,9 @@ func announce(ctx context.Context, log *slog.Logger, gateways *xds.Server, pipel
 			return nil
 		}
 	}
-	log.Info("ready", "gateway", options.Gateway.Name, "listen", u.listen, "trust_domain", options.TrustDomain,
+	p.log.Info("ready", "gateway", own.Name, "listen", u.deployment.listen, "trust_domain", p.options.TrustDomain,
 		"workload_socket", u.workload, "state", u.state)
 	return nil
-}
-
-func (u *up) logger(w io.Writer) (*slog.Logger, error) {
-	switch u.logFormat {
-	case "text":
-		return slog.New(slog.NewTextHandler(w, nil)), nil
-	case "json":
-		return slog.New(slog.NewJSONHandler(w, nil)), nil
-	}
-	return nil, usage("use --log-format text or --log-format json", "unknown log format %q", u.logFormat)
 }
 
 func findEnvoy(ctx context.Context, asked string) (string, error) {
@@ -299,22 +188,7 @@ func free(address string) error {
 	return l.Close()
 }
 
-// newest replaces whatever a channel of size 1 holds.
-func newest[T any](c chan T, v T) {
-	for {
-		select {
-		case c <- v:
-			return
-		default:
-		}
-		select {
-		case <-c:
-		default:
-		}
-	}
-}
-
-// entries is the sink that tells the issuer who may hold which identity.
+// entries is the sink that tells the issuer who may hold which identity on this machine.
 type entries struct {
 	issuer  *issuer.Issuer
 	binary  string // the Envoy that may be the gateway
@@ -322,34 +196,18 @@ type entries struct {
 }
 
 func (s entries) Publish(_ context.Context, g *controlplane.Generation) error {
-	var hosts []string
-	for _, e := range g.Config.Endpoints {
-		hosts = append(hosts, e.Hostnames...)
+	all := []issuer.Entry{gatewayEntry(g, &s.gateway)}
+	all[0].Selectors = []segment.Selector{
+		{Type: "unix", Value: fmt.Sprintf("uid:%d", os.Getuid())},
+		{Type: "unix", Value: "path:" + s.binary},
 	}
-	all := []issuer.Entry{{
-		ID: s.gateway.ID,
-		Selectors: []segment.Selector{
-			{Type: "unix", Value: fmt.Sprintf("uid:%d", os.Getuid())},
-			{Type: "unix", Value: "path:" + s.binary},
-		},
-		DNSNames: hosts,
-		TTL:      s.gateway.SVIDTTL,
-	}}
-	for _, w := range g.Config.Workloads {
-		all = append(all, issuer.Entry{ID: w.ID, Selectors: w.Selectors, TTL: s.gateway.SVIDTTL})
+	for i := range g.Config.Workloads {
+		if w := &g.Config.Workloads[i]; len(w.Nodes) == 0 {
+			all = append(all, workloadEntry(w, s.gateway.SVIDTTL))
+		}
 	}
 	s.issuer.Set(all)
 	return nil
-}
-
-// published is the sink that tells the gateway.
-type published struct {
-	gateways *xds.Server
-	gateway  segment.GatewayName
-}
-
-func (s published) Publish(ctx context.Context, g *controlplane.Generation) error {
-	return s.gateways.Publish(ctx, s.gateway, string(g.Digest), g.Resources)
 }
 
 // firstSink is closed with the first generation.
@@ -362,15 +220,4 @@ func (s firstSink) Publish(context.Context, *controlplane.Generation) error {
 		close(s)
 	}
 	return nil
-}
-
-// stamped adds to a flow the generation that its gateway had in force when it was reported.
-type stamped struct {
-	to       *store.Store
-	gateways *xds.Server
-}
-
-func (s stamped) Add(f telemetry.Flow) {
-	f.Generation = controlplane.Digest(s.gateways.InForce(f.Gateway)).Short()
-	s.to.Add(f)
 }

@@ -17,8 +17,9 @@ func NewCredentials() credentials.TransportCredentials {
 	return serverCredentials{hashes: newHashes()}
 }
 
-// Caller returns the process whose call the context belongs to, as it is now. With hash, its program is hashed.
-func Caller(ctx context.Context, hash bool) (Process, error) {
+// Caller returns the process whose call the context belongs to, as it is now. What costs something is found out only if
+// selectors of these kinds ("unix:sha256") need it.
+func Caller(ctx context.Context, kinds []string) (Process, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return Process{}, errors.New("attest caller: not a call")
@@ -27,12 +28,12 @@ func Caller(ctx context.Context, hash bool) (Process, error) {
 	if !ok {
 		return Process{}, errors.New("attest caller: its connection was not attested")
 	}
-	return info.process.look(hash)
+	return info.process.look(ctx, wantsOf(kinds))
 }
 
 // Selectors is Caller's selectors.
-func Selectors(ctx context.Context, hash bool) ([]segment.Selector, error) {
-	p, err := Caller(ctx, hash)
+func Selectors(ctx context.Context, kinds []string) ([]segment.Selector, error) {
+	p, err := Caller(ctx, kinds)
 	if err != nil {
 		return nil, err
 	}

@@ -1,13 +1,16 @@
 package attest
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
 	"os/user"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -72,17 +75,40 @@ func (p *process) begin(byPID bool) error {
 	return p.alive()
 }
 
-// look says what the process is now.
-func (p *process) look(hash bool) (Process, error) {
+// look says what the process is now. The context ends the wait for a program's hash.
+func (p *process) look(ctx context.Context, w wants) (Process, error) {
 	seen := Process{PID: int(p.cred.Pid), UID: int(p.cred.Uid), GID: int(p.cred.Gid)}
 	if u, err := user.LookupId(strconv.Itoa(seen.UID)); err == nil {
 		seen.User = u.Username
 	}
+	if w.group {
+		seen.Group = groupName(seen.GID)
+	}
+	if w.supplementary {
+		status, err := p.read("status")
+		if err == nil {
+			seen.Supplementary = groupsOf(status)
+		}
+		for i := range seen.Supplementary {
+			if w.names {
+				seen.Supplementary[i].Name = groupName(seen.Supplementary[i].GID)
+			}
+		}
+	}
+	if w.place {
+		if groups, err := p.read("cgroup"); err == nil {
+			at := placeOf(groups)
+			seen.Unit, seen.Container, seen.PodUID = at.unit, at.container, at.pod
+		}
+	}
 	exe, unread := os.Stat(p.proc("exe"))
 	if unread == nil {
 		seen.Path = p.path(exe)
-		if hash {
-			seen.SHA256 = p.hashes.of(p.proc("exe"), exe)
+		if w.hash {
+			var err error
+			if seen.SHA256, err = p.hashes.of(ctx, p.cred.Uid, p.proc("exe"), exe); err != nil {
+				return Process{}, fmt.Errorf("attest caller: hash program: %w", err)
+			}
 		}
 	}
 	if err := p.alive(); err != nil {
@@ -132,6 +158,55 @@ func (p *process) alive() error {
 		return fmt.Errorf("process %d has ended", p.cred.Pid)
 	}
 	return nil
+}
+
+// maxRead is the size of the largest file of /proc that is read, in bytes: a path of a control group has at most 4096,
+// and there are about a dozen.
+const maxRead = 64 << 10
+
+// read returns a file of the process. It fails if that is too large.
+func (p *process) read(name string) (string, error) {
+	f, err := os.Open(p.proc(name))
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxRead+1))
+	if err == nil && len(data) > maxRead {
+		err = fmt.Errorf("%s is larger than %d bytes", f.Name(), maxRead)
+	}
+	return string(data), err
+}
+
+// maxGroups is the largest number of supplementary groups that are looked at. A process that has more has none for us.
+const maxGroups = 256
+
+// groupsOf reads the supplementary groups in /proc/PID/status.
+func groupsOf(status string) []Group {
+	var groups []Group
+	for line := range strings.SplitSeq(status, "\n") {
+		gids, ok := strings.CutPrefix(line, "Groups:") // the kernel lets no name of a program have lines of its own
+		if !ok {
+			continue
+		}
+		for gid := range strings.FieldsSeq(gids) {
+			n, err := strconv.ParseUint(gid, 10, 32)
+			if err != nil || len(groups) == maxGroups {
+				return nil
+			}
+			groups = append(groups, Group{GID: int(n)})
+		}
+		return groups
+	}
+	return nil
+}
+
+func groupName(gid int) string {
+	g, err := user.LookupGroupId(strconv.Itoa(gid))
+	if err != nil {
+		return ""
+	}
+	return g.Name
 }
 
 func (p *process) proc(name string) string {

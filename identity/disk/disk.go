@@ -1,116 +1,220 @@
-// Package disk keeps the embedded authority in a folder, so that it is the same after a restart.
+// Package disk keeps the authorities of a trust domain in a folder, and keeps them going: it makes them, has each
+// followed by the next in time, and publishes what signs and whom to trust.
 //
-// It is for a control plane that is its own identity provider. Certificate and key stand in one file, which is
-// written whole or not at all; it is never replaced, so nobody who trusted the authority loses it unasked. What is
-// doubtful in the folder (wrong trust domain, a key that others can read, a torn file) is refused, never repaired.
+// It is for a control plane that is its own identity provider, with a root of its own or below somebody else's (an
+// UpstreamAuthority). All that it knows stands in one file, which is written whole or not at all, before anybody hears
+// of it. What is doubtful in the folder (wrong trust domain, a key that others can read, a torn file, one that is
+// encrypted with another key) is refused, never repaired: nobody who trusted an authority loses it unasked. Private
+// keys are never logged or shown.
 package disk
 
 import (
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport.dev/identity"
 	"sallyport.dev/segment"
 )
 
-const (
-	// File is the name of the authority's file: its private key (PKCS #8) and its certificate chain, in PEM.
-	File = "ca.pem"
-	// life is how long a new authority is valid: it is not replaced before.
-	life = 10 * 365 * 24 * time.Hour
-)
+// File is the name of the file in the folder.
+const File = "ca.pem"
 
-// Open returns the authority kept in dir, or makes one where there is none. It makes dir where there is none. What
-// the user must put right is returned as segment.Problems, which say how.
+// temporary is what a file is called that is not whole yet.
+const temporary = ".ca-*"
+
+// maxFile bounds the file: it holds at most maxSlots of each kind.
+const maxFile = 1 << 20
+
+// Open returns the root authority kept in dir as one that signs SVIDs itself, or makes one where there is none.
+//
+// Deprecated: it has nothing follow the authority in time. Use OpenKeeper.
 func Open(dir string, td spiffeid.TrustDomain, now time.Time) (*identity.Authority, error) {
-	if err := openDir(dir); err != nil {
+	f := folder{dir: dir}
+	if err := f.open(); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(dir, File)
-	_, err := os.Lstat(path)
+	s, err := f.load(td, now)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err := create(path, td, now); err != nil && !errors.Is(err, fs.ErrExist) {
-			return nil, fmt.Errorf("create authority: %w", err)
+		k := Keeper{config: Config{TrustDomain: td}.withDefaults()}
+		s = state{td: td, sequence: 1}
+		if _, err := k.rotateOwn(&s, now, nil); err != nil {
+			return nil, err
 		}
-		// Created by us or, at the same moment, by another process: what is there now is the authority.
+		if err := f.write(s, os.Link); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, err
+		}
+		s, err = f.load(td, now) // made by us or, at the same moment, by another process
 	}
-	return load(path, td, now)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.begun(f.path(), now); err != nil {
+		return nil, err
+	}
+	i := s.signs(now)
+	if i < 0 || s.roots[i].key == nil || !s.roots[i].Valid(now) {
+		return nil, problem("authority-expired", f.path(), "there is no root that is valid now", startAnew(f.path()))
+	}
+	return s.roots[i].authority()
 }
 
-// openDir makes the folder, or checks that nobody else gets into it.
-func openDir(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+// Read returns what a folder keeps, without what is secret, and whom to trust, whether a control plane is running or
+// not. It changes nothing.
+func Read(dir string, key Key, now time.Time) (Description, *spiffebundle.Bundle, error) {
+	f := folder{dir: dir, key: key}
+	s, err := f.load(spiffeid.TrustDomain{}, now)
+	if err != nil {
+		return Description{}, nil, err
+	}
+	d := describe(s, now)
+	d.Encrypted = f.sealed
+	return d, s.bundle(), nil
+}
+
+// folder is where the file is.
+type folder struct {
+	dir    string
+	key    Key
+	sealed bool     // the file that was read last was encrypted
+	lock   *os.File // the folder itself, open while a keeper has it
+}
+
+func (f *folder) path() string { return filepath.Join(f.dir, File) }
+
+// open makes the folder, or checks that nobody else gets into it.
+func (f *folder) open() error {
+	if err := os.MkdirAll(f.dir, 0o700); err != nil {
 		return fmt.Errorf("create state folder: %w", err)
 	}
-	info, err := os.Stat(dir)
+	info, err := os.Stat(f.dir)
 	if err != nil {
 		return fmt.Errorf("open state folder: %w", err)
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return problem("state-folder-open", dir, fmt.Sprintf("the folder with the authority's key is open to others (mode %04o)", mode),
-			"chmod 700 "+dir)
+		return problem("state-folder-open", f.dir, fmt.Sprintf("the folder with the authority's key is open to others (mode %04o)", mode),
+			"chmod 700 "+f.dir)
 	}
 	return nil
 }
 
-func load(path string, td spiffeid.TrustDomain, now time.Time) (*identity.Authority, error) {
-	data, err := read(path)
+// hold keeps every other keeper out until close, and clears up what one left that was killed while it wrote.
+func (f *folder) hold() error {
+	d, err := os.Open(f.dir)
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("open state folder: %w", err)
 	}
-	key, chain, err := parse(data)
+	if err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		d.Close()
+		return problem("state-folder-busy", f.dir, "another process keeps the authority in this folder", "stop it, or use another state folder")
+	}
+	f.lock = d
+	left, err := filepath.Glob(filepath.Join(f.dir, temporary))
+	for _, path := range left {
+		err = errors.Join(err, os.Remove(path))
+	}
 	if err != nil {
-		return nil, problem("authority-torn", path, err.Error(), startAnew(path))
+		f.close()
+		return fmt.Errorf("clear up state folder: %w", err)
 	}
-	a, err := identity.NewAuthority(chain, key)
-	if err != nil {
-		return nil, problem("authority-invalid", path, err.Error(), startAnew(path))
-	}
-	if a.TrustDomain() != td {
-		return nil, problem("authority-trust-domain", path,
-			fmt.Sprintf("the authority is %s's, but the trust domain is %s", a.TrustDomain(), td),
-			fmt.Sprintf("set the trust domain back to %s, or use another state folder for %s", a.TrustDomain(), td))
-	}
-	cert := a.Certificate()
-	switch {
-	case now.After(cert.NotAfter):
-		return nil, problem("authority-expired", path, "the authority ended at "+cert.NotAfter.Format(time.RFC3339), startAnew(path))
-	case now.Before(cert.NotBefore):
-		return nil, problem("authority-not-begun", path, "the authority begins only at "+cert.NotBefore.Format(time.RFC3339), "set this machine's clock")
-	}
-	return a, nil
+	return nil
 }
 
-// read returns the file's content if nobody but its owner could have read it. It asks the open file, so it cannot be
-// exchanged between the question and the reading.
-func read(path string) ([]byte, error) {
-	f, err := os.Open(path)
+func (f *folder) close() error { return f.lock.Close() }
+
+// load reads the file; fs.ErrNotExist if there is none. With the zero trust domain, any will do.
+func (f *folder) load(td spiffeid.TrustDomain, now time.Time) (state, error) {
+	data, err := read(f.path(), 0o077, startAnew(f.path()))
 	if err != nil {
-		return nil, fmt.Errorf("open authority: %w", err)
+		return state{}, err
+	}
+	if f.sealed = isSealed(data); f.sealed {
+		if data, err = unseal(data, f.key, f.path()); err != nil {
+			return state{}, err
+		}
+	}
+	s, err := decode(data, now)
+	if err != nil {
+		code := "authority-invalid"
+		if errors.As(err, new(tornError)) {
+			code = "authority-torn"
+		}
+		return state{}, problem(code, f.path(), err.Error(), startAnew(f.path()))
+	}
+	if !td.IsZero() && s.td != td {
+		return state{}, problem("authority-trust-domain", f.path(),
+			fmt.Sprintf("the authority is %s's, but the trust domain is %s", s.td, td),
+			fmt.Sprintf("set the trust domain back to %s, or use another state folder for %s", s.td, td))
+	}
+	return s, nil
+}
+
+// write puts the whole file on the disk, by os.Rename, or by os.Link: only where none is, else fs.ErrExist.
+func (f *folder) write(s state, put func(from, to string) error) error {
+	data, err := s.encode()
+	if err != nil {
+		return fmt.Errorf("write authority: %w", err)
+	}
+	if !f.key.IsZero() {
+		if data, err = seal(data, f.key); err != nil {
+			return fmt.Errorf("write authority: %w", err)
+		}
+	}
+	if len(data) > maxFile {
+		return fmt.Errorf("write authority: it has %d bytes, more than %d", len(data), maxFile)
+	}
+	if err := f.put(data, put); err != nil {
+		return fmt.Errorf("write authority: %w", err)
+	}
+	f.sealed = !f.key.IsZero()
+	return nil
+}
+
+func (f *folder) put(data []byte, put func(from, to string) error) error {
+	t, err := os.CreateTemp(f.dir, temporary) // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(t.Name())
+	_, err = t.Write(data)
+	if err := errors.Join(err, t.Sync(), t.Close()); err != nil {
+		return err
+	}
+	if err := put(t.Name(), f.path()); err != nil {
+		return err
+	}
+	d, err := os.Open(f.dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// read returns the content of a file, if none of those could have read it whom the mode's bits stand for; otherwise, say
+// what to do. It asks the open file, so it cannot be exchanged between the question and the reading.
+func read(path string, others fs.FileMode, otherwise string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // does not wait for a pipe's other end
+	if err != nil {
+		return nil, fmt.Errorf("read authority: %w", err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return nil, fmt.Errorf("open authority: %w", err)
+		return nil, fmt.Errorf("read authority: %w", err)
 	}
-	if !info.Mode().IsRegular() {
-		return nil, problem("authority-invalid", path, "not a file", startAnew(path))
+	if !info.Mode().IsRegular() || info.Size() > maxFile {
+		return nil, problem("authority-invalid", path, "not a file, or too large", otherwise)
 	}
-	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return nil, problem("authority-readable", path, fmt.Sprintf("others may have read the authority's private key (mode %04o)", mode),
-			"if nobody has: chmod 600 "+path+"; otherwise "+startAnew(path))
+	if mode := info.Mode().Perm(); mode&others != 0 {
+		return nil, problem("authority-readable", path, fmt.Sprintf("others may have read the private key (mode %04o)", mode),
+			"if nobody has: chmod 600 "+path+"; otherwise "+otherwise)
 	}
 	data := make([]byte, info.Size())
 	if _, err := f.ReadAt(data, 0); err != nil {
@@ -119,84 +223,13 @@ func read(path string) ([]byte, error) {
 	return data, nil
 }
 
-// parse reads a key and a chain. Its errors never contain what was read.
-func parse(data []byte) (crypto.Signer, []*x509.Certificate, error) {
-	var key crypto.Signer
-	var chain []*x509.Certificate
-	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
-		switch block.Type {
-		case "PRIVATE KEY":
-			k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-			if err != nil {
-				return nil, nil, errors.New("the private key cannot be read")
-			}
-			signer, ok := k.(crypto.Signer)
-			if !ok || key != nil {
-				return nil, nil, errors.New("there is not one private key for signing")
-			}
-			key = signer
-		case "CERTIFICATE":
-			c, err := x509.ParseCertificate(block.Bytes)
-			if err != nil {
-				return nil, nil, fmt.Errorf("a certificate cannot be read: %w", err)
-			}
-			chain = append(chain, c)
-		}
+// readGiven reads a file that the user has named.
+func readGiven(path string, others fs.FileMode, otherwise string) ([]byte, error) {
+	data, err := read(path, others, otherwise)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+		return nil, problem("file-missing", path, "the file cannot be opened", otherwise)
 	}
-	switch {
-	case key == nil && chain == nil:
-		return nil, nil, errors.New("there is neither a key nor a certificate")
-	case key == nil:
-		return nil, nil, errors.New("there is a certificate without its key")
-	case chain == nil:
-		return nil, nil, errors.New("there is a key without its certificate")
-	}
-	return key, chain, nil
-}
-
-// create makes an authority and writes it; fs.ErrExist if there is one.
-func create(path string, td spiffeid.TrustDomain, now time.Time) error {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	template, err := identity.CATemplate(td, life, now, rand.Reader)
-	if err != nil {
-		return err
-	}
-	a, err := identity.SelfSign(template, key)
-	if err != nil {
-		return err
-	}
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return err
-	}
-	return write(path, append(
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}),
-		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.Certificate().Raw})...))
-}
-
-// write puts a whole file, on the disk, where none is. A link, unlike a rename, never replaces.
-func write(path string, data []byte) error {
-	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, ".ca-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Link(f.Name(), path); err != nil {
-		return err
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return data, err
 }
 
 // startAnew is the way out that always works, and its price.

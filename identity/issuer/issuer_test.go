@@ -36,14 +36,14 @@ func parse(text string) []segment.Selector {
 	return selectors
 }
 
-func newIssuer(t *testing.T, attest func(context.Context, bool) ([]segment.Selector, error)) *issuer.Issuer {
+func newIssuer(t *testing.T, attest func(context.Context, []string) ([]segment.Selector, error)) *issuer.Issuer {
 	t.Helper()
-	return issuer.New(issuer.Config{Authority: identitytest.Authority(t), Attest: attest})
+	return identitytest.Issuer(identitytest.Authority(t), attest)
 }
 
 // seen attests every caller as having these selectors.
-func seen(text string) func(context.Context, bool) ([]segment.Selector, error) {
-	return func(context.Context, bool) ([]segment.Selector, error) { return parse(text), nil }
+func seen(text string) func(context.Context, []string) ([]segment.Selector, error) {
+	return func(context.Context, []string) ([]segment.Selector, error) { return parse(text), nil }
 }
 
 func TestMatch(t *testing.T) {
@@ -82,7 +82,7 @@ func TestNobodyWithoutEntries(t *testing.T) {
 		t.Helper()
 		view, err := i.Entitled(t.Context())
 		var denied *issuer.NoIdentityError
-		if !errors.As(err, &denied) || len(view.Entries) != 0 || view.Bundle != nil {
+		if !errors.As(err, &denied) || len(view.Entries) != 0 || view.Bundles.Own != nil {
 			t.Fatalf("got %+v, %v", view, err)
 		}
 		if s := status.Convert(err); s.Code() != codes.PermissionDenied || s.Message() != want {
@@ -96,27 +96,29 @@ func TestNobodyWithoutEntries(t *testing.T) {
 
 func TestNobodyUnattested(t *testing.T) {
 	gone := errors.New("the process is gone")
-	i := newIssuer(t, func(context.Context, bool) ([]segment.Selector, error) { return parse("unix:uid:1000"), gone })
+	i := newIssuer(t, func(context.Context, []string) ([]segment.Selector, error) { return parse("unix:uid:1000"), gone })
 	i.Set([]issuer.Entry{entry("app", unix("uid:1000"))})
 	if _, err := i.Entitled(t.Context()); !errors.Is(err, gone) || status.Code(err) != codes.PermissionDenied {
 		t.Errorf("got %v", err)
 	}
 }
 
-func TestHashOnlyIfAskedFor(t *testing.T) {
-	var asked bool
-	i := newIssuer(t, func(_ context.Context, hash bool) ([]segment.Selector, error) {
-		asked = hash
+func TestOnlyWhatIsAskedFor(t *testing.T) {
+	var asked []string
+	i := newIssuer(t, func(_ context.Context, kinds []string) ([]segment.Selector, error) {
+		asked = kinds
 		return parse("unix:uid:1000"), nil
 	})
-	for _, c := range []struct {
-		selectors string
-		want      bool
-	}{{"unix:uid:1000", false}, {"unix:uid:1000 unix:sha256:abc", true}, {"unix:path:sha256:", false}} {
-		i.Set([]issuer.Entry{entry("app", parse(c.selectors)...)})
+	for _, c := range []struct{ selectors, want string }{
+		{"unix:uid:1000", "unix:uid"},
+		{"unix:uid:1000 unix:sha256:abc unix:uid:1001", "unix:sha256 unix:uid"},
+		{"unix:path:sha256:", "unix:path"},
+		{"systemd:unit:rag@a:b.service", "systemd:unit"},
+	} {
+		i.Set([]issuer.Entry{entry("app", parse(c.selectors)...), entry("none")})
 		_, _ = i.Entitled(t.Context()) // whatever the answer is
-		if asked != c.want {
-			t.Errorf("%s: asked for the hash: %t", c.selectors, asked)
+		if got := strings.Join(asked, " "); got != c.want {
+			t.Errorf("%s: asked for %q", c.selectors, got)
 		}
 	}
 }
@@ -138,7 +140,7 @@ func TestViewSaysWhenItChanges(t *testing.T) {
 	if _, err := i.Entitled(t.Context()); err == nil {
 		t.Error("still entitled")
 	}
-	if _, err := i.Issue(t.Context(), view.Entries[0], nil); err == nil {
+	if _, err := i.CertifyX509(t.Context(), view.Entries[0], nil); err == nil {
 		t.Error("an entry that is gone is signed for")
 	}
 }

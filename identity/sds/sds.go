@@ -2,10 +2,11 @@
 //
 // It is for Envoys on the same machine, over the same socket as the Workload API; they are callers like any other.
 // It makes an Envoy's private key, sends it over that socket, and keeps it only as long as the stream is open. It
-// never writes or logs a key, and serves nobody but the caller's own identities and the bundle.
+// never writes or logs a key, and serves nobody but the caller's own identities and the bundles that it is to trust.
 //
 // An answer to a name is complete or there is none: a stream that asks for what its caller may not have ends with
-// PermissionDenied, and Envoy comes again.
+// PermissionDenied, and Envoy comes again. What Envoy once trusted it would go on to trust: a bundle that is taken away
+// is replaced by one that trusts nobody.
 package sds
 
 import (
@@ -14,12 +15,14 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tls "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	secretservice "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -30,7 +33,9 @@ import (
 	"sallyport.dev/identity/issuer"
 )
 
-// The names of secrets, beside SPIFFE IDs (the caller's own, as a certificate) and the trust domain's ID (its bundle).
+// The names of secrets, beside SPIFFE IDs (the caller's own, as a certificate), the trust domain's ID (its bundle, as
+// RootCA) and those of other trust domains (the bundle of each, for Envoy's SPIFFE validator: it speaks for its own
+// members only).
 const (
 	Default = "default" // the caller's first identity, as a certificate
 	RootCA  = "ROOTCA"  // the trust domain's bundle, as plain authorities: does not check whose SVID it is
@@ -50,6 +55,9 @@ func Register(s grpc.ServiceRegistrar, i Issuer, log *slog.Logger) {
 	secretservice.RegisterSecretDiscoveryServiceServer(s, &server{issuer: i, log: log})
 }
 
+// nobodys is the name of a trust domain that none can have (SPIFFE ID, 2.1).
+const nobodys = "(nobody)"
+
 // secret is one answer.
 type secret struct {
 	name    string
@@ -57,12 +65,18 @@ type secret struct {
 	any     *anypb.Any
 }
 
+type bundles map[spiffeid.TrustDomain]*spiffebundle.Bundle
+
 // caller is what one stream has.
 type caller struct {
 	issuer Issuer
 	wallet issuer.Wallet
 	view   issuer.View
+	// federated are the names of other trust domains that were answered.
+	federated map[string]bool
 }
+
+func newCaller(i Issuer) caller { return caller{issuer: i, federated: make(map[string]bool)} }
 
 // secrets returns the caller's secrets of these names as they now are, in their order; PermissionDenied if it may
 // not have one of them. Keys are made for those only that are named.
@@ -102,7 +116,7 @@ func (c *caller) secrets(ctx context.Context, names []string) ([]secret, error) 
 func (c *caller) named(names []string) ([]issuer.Entry, error) {
 	var entries []issuer.Entry
 	for _, name := range names {
-		if name == RootCA || name == All || name == c.view.Bundle.TrustDomain().IDString() {
+		if name == RootCA || name == All || name == c.view.Bundles.Own.TrustDomain().IDString() || c.foreign(name) != nil {
 			continue
 		}
 		i := slices.IndexFunc(c.view.Entries, func(e issuer.Entry) bool { return e.ID.String() == name })
@@ -120,17 +134,40 @@ func (c *caller) named(names []string) ([]issuer.Entry, error) {
 	return entries, nil
 }
 
+// foreign returns what to trust for a name that is another trust domain's ID: its bundle; nothing, if the caller had
+// it on this stream and no longer has; nil, if it is no name of the caller's.
+func (c *caller) foreign(name string) bundles {
+	td, err := spiffeid.TrustDomainFromString(name)
+	if err != nil || td.IDString() != name {
+		return nil
+	}
+	if b, ok := c.view.Bundles.Federated[td]; ok {
+		return bundles{td: b}
+	}
+	if c.federated[name] {
+		return bundles{}
+	}
+	return nil
+}
+
 // secret makes one secret from what is held.
 func (c *caller) secret(name string) (*tls.Secret, error) {
-	switch name {
-	case RootCA, c.view.Bundle.TrustDomain().IDString():
-		ca, err := c.view.Bundle.Marshal()
+	own := c.view.Bundles.Own
+	switch {
+	case name == RootCA || name == own.TrustDomain().IDString():
+		ca, err := own.X509Bundle().Marshal()
 		if err != nil {
 			return nil, err
 		}
 		return validation(name, &tls.CertificateValidationContext{TrustedCa: inline(ca)}), nil
-	case All:
-		return spiffeValidation(name, c.view.Bundle)
+	case name == All:
+		trusted := bundles{}
+		maps.Copy(trusted, c.view.Bundles.Federated)
+		trusted[own.TrustDomain()] = own // last: nobody puts himself in its place
+		return c.spiffeValidation(name, trusted)
+	case c.foreign(name) != nil:
+		c.federated[name] = true
+		return c.spiffeValidation(name, c.foreign(name))
 	}
 	id := name
 	if name == Default {
@@ -148,22 +185,34 @@ func (c *caller) secret(name string) (*tls.Secret, error) {
 }
 
 // spiffeValidation makes Envoy check each peer against the bundle of the trust domain that it claims, and that it
-// claims one.
-func spiffeValidation(name string, bundle *x509bundle.Bundle) (*tls.Secret, error) {
-	ca, err := bundle.Marshal()
-	if err != nil {
-		return nil, err
+// claims one that is trusted. Where no bundle has a certificate it trusts nobody, with the own authorities for a name
+// that they can't certify: Envoy refuses a configuration without any, and would go on with what it had.
+func (c *caller) spiffeValidation(name string, trusted bundles) (*tls.Secret, error) {
+	var config tls.SPIFFECertValidatorConfig
+	trust := func(domain string, b *spiffebundle.Bundle) error {
+		ca, err := b.X509Bundle().Marshal()
+		if err != nil || len(ca) == 0 {
+			return err
+		}
+		config.TrustDomains = append(config.TrustDomains, &tls.SPIFFECertValidatorConfig_TrustDomain{Name: domain, TrustBundle: inline(ca)})
+		return nil
 	}
-	config, err := anypb.New(&tls.SPIFFECertValidatorConfig{
-		TrustDomains: []*tls.SPIFFECertValidatorConfig_TrustDomain{{
-			Name: bundle.TrustDomain().Name(), TrustBundle: inline(ca),
-		}},
-	})
+	for _, td := range slices.SortedFunc(maps.Keys(trusted), spiffeid.TrustDomain.Compare) {
+		if err := trust(td.Name(), trusted[td]); err != nil {
+			return nil, err
+		}
+	}
+	if len(config.TrustDomains) == 0 {
+		if err := trust(nobodys, c.view.Bundles.Own); err != nil {
+			return nil, err
+		}
+	}
+	packed, err := anypb.New(&config)
 	if err != nil {
 		return nil, err
 	}
 	return validation(name, &tls.CertificateValidationContext{
-		CustomValidatorConfig: &core.TypedExtensionConfig{Name: "envoy.tls.cert_validator.spiffe", TypedConfig: config},
+		CustomValidatorConfig: &core.TypedExtensionConfig{Name: "envoy.tls.cert_validator.spiffe", TypedConfig: packed},
 	}), nil
 }
 

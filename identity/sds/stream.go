@@ -27,7 +27,7 @@ type server struct {
 
 // FetchSecrets answers once.
 func (s *server) FetchSecrets(ctx context.Context, req *discovery.DiscoveryRequest) (*discovery.DiscoveryResponse, error) {
-	c := caller{issuer: s.issuer}
+	c := newCaller(s.issuer)
 	secrets, err := c.secrets(ctx, req.ResourceNames)
 	if err != nil {
 		return nil, err
@@ -114,7 +114,7 @@ func serve[Request any](ctx context.Context, i Issuer, w wire[Request]) error {
 			}
 		}
 	}()
-	c := caller{issuer: i}
+	c := newCaller(i)
 	sent := make(map[string]string)
 	for {
 		select {

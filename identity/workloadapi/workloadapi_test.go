@@ -28,16 +28,23 @@ import (
 	"sallyport.dev/segment"
 )
 
-// serve returns a client of go-spiffe's, the socket that it uses, and the issuer behind it.
-func serve(t *testing.T) (*workloadapi.Client, string, *issuer.Issuer) {
+// start returns a client of go-spiffe's and the provider behind it.
+func start(t *testing.T) (*workloadapi.Client, *identitytest.Provider) {
 	t.Helper()
-	socket, i := identitytest.Serve(t, func(s grpc.ServiceRegistrar, i *issuer.Issuer) { served.Register(s, i) })
-	c, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+socket))
+	p := identitytest.Start(t, func(s grpc.ServiceRegistrar, i *issuer.Issuer) { served.Register(s, i) })
+	c, err := workloadapi.New(t.Context(), workloadapi.WithAddr("unix://"+p.Socket))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	return c, socket, i
+	return c, p
+}
+
+// serve returns the client, the socket that it uses, and the issuer.
+func serve(t *testing.T) (*workloadapi.Client, string, *issuer.Issuer) {
+	t.Helper()
+	c, p := start(t)
+	return c, p.Socket, p.Issuer
 }
 
 func notMe() segment.Selector {
@@ -102,6 +109,12 @@ func TestDenied(t *testing.T) {
 			check(err)
 			_, err = c.FetchX509Bundles(t.Context())
 			check(err)
+			_, err = c.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "db"})
+			check(err)
+			_, err = c.FetchJWTBundles(t.Context())
+			check(err)
+			_, err = c.ValidateJWTSVID(t.Context(), "token", "db")
+			check(err)
 		})
 	}
 }
@@ -148,9 +161,23 @@ func TestHeaderAndMethods(t *testing.T) {
 		if _, err := bundles.Recv(); status.Code(err) != codes.InvalidArgument {
 			t.Errorf("bundles with %q: %v", values, err)
 		}
+		keys, err := api.FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := keys.Recv(); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("JWT bundles with %q: %v", values, err)
+		}
+		want := "security header"
+		if _, err := api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"a"}}); !strings.Contains(fmt.Sprint(err), want) {
+			t.Errorf("JWT-SVIDs with %q: %v", values, err)
+		}
+		if _, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: "a"}); !strings.Contains(fmt.Sprint(err), want) {
+			t.Errorf("validation with %q: %v", values, err)
+		}
 	}
-	if _, err := c.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "a"}); status.Code(err) != codes.Unimplemented {
-		t.Errorf("JWT-SVID: %v", err)
+	if _, err := c.FetchWITBundles(t.Context()); status.Code(err) != codes.Unimplemented {
+		t.Errorf("WIT bundles: %v", err)
 	}
 }
 

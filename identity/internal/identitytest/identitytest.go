@@ -3,6 +3,7 @@
 package identitytest
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 
@@ -25,33 +27,88 @@ import (
 // Authority returns a new authority of the trust domain example.org, valid for a day.
 func Authority(t testing.TB) *identity.Authority {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	td := spiffeid.RequireTrustDomainFromString("example.org")
+	return authority(t, spiffeid.RequireTrustDomainFromString("example.org"))
+}
+
+func authority(t testing.TB, td spiffeid.TrustDomain) *identity.Authority {
+	t.Helper()
 	template, err := identity.CATemplate(td, 24*time.Hour, time.Now(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := identity.SelfSign(template, key)
+	a, err := identity.SelfSign(template, key(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return a
 }
 
-// Serve serves on a socket until the test ends, and returns the socket's path and the issuer, which has no entries.
-func Serve(t testing.TB, register func(grpc.ServiceRegistrar, *issuer.Issuer)) (string, *issuer.Issuer) {
+// JWTAuthority returns a new authority for JWT-SVIDs of a trust domain, valid for a day.
+func JWTAuthority(t testing.TB, domain, keyID string) *identity.JWTAuthority {
 	t.Helper()
-	socket := filepath.Join(t.TempDir(), "api.sock")
-	l, err := net.Listen("unix", socket)
+	a, err := identity.NewJWTAuthority(spiffeid.RequireTrustDomainFromString(domain), keyID, key(t), time.Now().Add(24*time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := issuer.New(issuer.Config{Authority: Authority(t), Attest: attest.Selectors})
+	return a
+}
+
+// Authorities returns both of a trust domain, and the bundle that they make. The JWT key is "first".
+func Authorities(t testing.TB, domain string) identity.Authorities {
+	t.Helper()
+	a := identity.Authorities{
+		X509: authority(t, spiffeid.RequireTrustDomainFromString(domain)),
+		JWT:  JWTAuthority(t, domain, "first"),
+	}
+	a.Bundle = spiffebundle.FromX509Bundle(a.X509.Bundle())
+	a.Bundle.SetJWTAuthorities(a.JWT.Bundle().JWTAuthorities())
+	return a
+}
+
+func key(t testing.TB) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// Issuer certifies with an authority.
+func Issuer(a *identity.Authority, attested func(context.Context, []string) ([]segment.Selector, error)) *issuer.Issuer {
+	bundle := spiffebundle.FromX509Bundle(a.Bundle())
+	local := &issuer.Local{}
+	local.Set(identity.Authorities{X509: a, Bundle: bundle})
+	i := issuer.New(issuer.Config{Certifier: local, Attest: attested})
+	i.SetBundles(issuer.Bundles{Own: bundle})
+	return i
+}
+
+// Provider is an identity provider of the trust domain example.org on a socket.
+type Provider struct {
+	Socket      string
+	Issuer      *issuer.Issuer       // has no entries
+	Certifier   *issuer.Local        // the issuer's
+	Authorities identity.Authorities // that the certifier began with
+}
+
+// Start serves on a socket until the test ends.
+func Start(t testing.TB, register func(grpc.ServiceRegistrar, *issuer.Issuer)) *Provider {
+	t.Helper()
+	p := &Provider{
+		Socket:      filepath.Join(t.TempDir(), "api.sock"),
+		Certifier:   &issuer.Local{},
+		Authorities: Authorities(t, "example.org"),
+	}
+	p.Certifier.Set(p.Authorities)
+	p.Issuer = issuer.New(issuer.Config{Certifier: p.Certifier, Attest: attest.Selectors})
+	p.Issuer.SetBundles(issuer.Bundles{Own: p.Authorities.Bundle})
+	l, err := net.Listen("unix", p.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
 	s := grpc.NewServer(grpc.Creds(attest.NewCredentials()))
-	register(s, i)
+	register(s, p.Issuer)
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
 	t.Cleanup(func() {
@@ -60,7 +117,14 @@ func Serve(t testing.TB, register func(grpc.ServiceRegistrar, *issuer.Issuer)) (
 			t.Error(err)
 		}
 	})
-	return socket, i
+	return p
+}
+
+// Serve is Start, for who needs no more than the socket's path and the issuer.
+func Serve(t testing.TB, register func(grpc.ServiceRegistrar, *issuer.Issuer)) (string, *issuer.Issuer) {
+	t.Helper()
+	p := Start(t, register)
+	return p.Socket, p.Issuer
 }
 
 // Me recognises the test's own process.

@@ -1,0 +1,210 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"sallyport.dev/identity/agent"
+	"sallyport.dev/identity/attest"
+	"sallyport.dev/identity/forward"
+	"sallyport.dev/identity/issuer"
+	"sallyport.dev/identity/node/nodepb"
+	"sallyport.dev/identity/sds"
+	"sallyport.dev/identity/workloadapi"
+)
+
+// host is the flags of `sallyport agent`.
+type host struct {
+	controlPlane string
+	trustDomain  string
+	trustBundle  string
+	tokenFile    string
+	x509Cert     string
+	x509Key      string
+	state        string
+	workload     string
+	logFormat    string
+	connect      string
+	gateway      string
+	gatewayName  string
+	endpoints    map[string]string
+}
+
+func agentCommand() *cobra.Command {
+	var h host
+	cmd := &cobra.Command{
+		Use:   "agent --control-plane HOST:PORT",
+		Short: "Give the workloads of this machine their identities",
+		Long: `Agent is attested by the control plane, once with a join token or by a certificate of the machine, and serves the SPIFFE
+Workload API and SDS to the workloads that documents say may run here. Keys are made on this machine and never leave it.
+While the control plane is away it goes on with what it has, and renews as soon as it can.
+
+The join token is read from --join-token-file, or from $SALLYPORT_JOIN_TOKEN.`,
+		Example: "  sallyport agent --control-plane plane.internal:9443 --trust-bundle bundle.pem --join-token-file token",
+		Args:    noArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return h.run(cmd.Context(), cmd.ErrOrStderr()) },
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&h.controlPlane, "control-plane", "", "`HOST:PORT` at which the control plane has its --agent-listen (needed)")
+	flags.StringVar(&h.trustDomain, "trust-domain", "example.org", "trust domain `NAME`")
+	flags.StringVar(&h.trustBundle, "trust-bundle", "", "`PATH` of the trust domain's bundle, as `sallyport ca export` prints it: whom to believe at first")
+	flags.StringVar(&h.tokenFile, "join-token-file", "", "`PATH` of a file with a join token of `sallyport token create`")
+	flags.StringVar(&h.x509Cert, "x509pop-cert", "", "`PATH` of this machine's certificate chain (PEM), instead of a join token")
+	flags.StringVar(&h.x509Key, "x509pop-key", "", "`PATH` of its private key (PEM)")
+	flags.StringVar(&h.state, "state", filepath.Join(defaultState(), "agent"), "`DIR` with the agent's key and what it knows")
+	flags.StringVar(&h.workload, "workload-socket", defaultWorkloadSocket(), "`PATH` of the Unix socket of the SPIFFE Workload API and SDS")
+	flags.StringVar(&h.connect, "connect", "", "`ADDRESS` on which applications that know nothing of TLS reach endpoints: 127.0.0.1:PORT, or unix:///PATH; empty: none")
+	flags.StringVar(&h.gateway, "gateway", "", "`HOST:PORT` of the gateway that --connect leads to")
+	flags.StringVar(&h.gatewayName, "gateway-name", "", "`NAME` of that gateway: whom it must prove to be")
+	flags.StringToStringVar(&h.endpoints, "endpoint", nil, "`NAME=HOSTNAME` of an endpoint that --connect serves below /NAME; may be repeated")
+	logFlag(flags, &h.logFormat)
+	return cmd
+}
+
+func (h *host) run(ctx context.Context, errOut io.Writer) error {
+	log, err := logger(h.logFormat, errOut)
+	if err != nil {
+		return err
+	}
+	c, err := h.config()
+	if err != nil {
+		return err
+	}
+	c.Log = log
+	state, err := openState(h.state)
+	if err != nil {
+		return err
+	}
+	defer state.close()
+	c.Dir = filepath.Join(state.dir, "agent")
+	a := agent.New(c)
+	identities := issuer.New(issuer.Config{Certifier: a, Attest: forward.Selectors})
+	forwarder, err := h.forwarder(ctx, identities, log)
+	if err != nil {
+		return err
+	}
+	socket, err := listenUnix(h.workload, 0o777, 0o755, "name another path with --workload-socket")
+	if err != nil {
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	server := grpc.NewServer(openToAll(attest.NewCredentials())...)
+	workloadapi.Register(server, identities)
+	sds.Register(server, identities, log)
+	serveGRPC(ctx, group, server, socket)
+	group.Go(func() error {
+		err := a.Run(ctx, identities)
+		if errors.Is(err, agent.ErrRevoked) {
+			return failed("ask whoever runs the control plane; `sallyport agents` lists the revoked ones there", "%w", err)
+		}
+		return err
+	})
+	if forwarder != nil {
+		group.Go(func() error { return forwarder.Run(ctx) })
+	}
+	log.Info("agent started", "control_plane", h.controlPlane, "trust_domain", h.trustDomain, "workload_socket", h.workload, "state", h.state)
+	err = group.Wait()
+	log.Info("stopped")
+	return err
+}
+
+// forwarder is for applications that know nothing of TLS; nil: none is asked for.
+func (h *host) forwarder(ctx context.Context, identities *issuer.Issuer, log *slog.Logger) (*forward.Forwarder, error) {
+	if h.connect == "" {
+		return nil, nil
+	}
+	if _, err := addressOf(h.gateway); err != nil {
+		return nil, usage("as in --gateway edge.internal:8443", "--gateway: %w", err)
+	}
+	td, err := spiffeid.TrustDomainFromString(h.trustDomain)
+	if err != nil {
+		return nil, usage("a trust domain looks like example.org", "--trust-domain: %w", err)
+	}
+	id, err := spiffeid.FromSegments(td, "gateway", h.gatewayName)
+	if err != nil {
+		return nil, usage("give the name of its Gateway document with --gateway-name", "--gateway-name: %w", err)
+	}
+	if len(h.endpoints) == 0 {
+		return nil, usage("as in --endpoint chat=chat.models.internal", "--connect leads nowhere: --endpoint is missing")
+	}
+	f := &forward.Forwarder{Source: identities, Log: log, Gateway: func(endpoint string) (forward.Target, bool) {
+		host, ok := h.endpoints[endpoint]
+		return forward.Target{Address: h.gateway, ServerName: host, ID: id}, ok
+	}}
+	if path, ok := strings.CutPrefix(h.connect, "unix://"); ok {
+		f.Listener, err = listenUnix(path, 0o777, 0o755, "name another path with --connect")
+		return f, err
+	}
+	if f.Listener, err = forward.Listen(ctx, h.connect); err != nil {
+		return nil, failed("name another with --connect", "%w", err)
+	}
+	return f, nil
+}
+
+// config reads what the flags name.
+func (h *host) config() (c agent.Config, err error) {
+	if _, err := addressOf(h.controlPlane); err != nil {
+		return c, usage("as in --control-plane plane.internal:9443", "--control-plane: %w", err)
+	}
+	c.Addr = h.controlPlane
+	if c.TrustDomain, err = spiffeid.TrustDomainFromString(h.trustDomain); err != nil {
+		return c, usage("a trust domain looks like example.org", "--trust-domain: %w", err)
+	}
+	if h.trustBundle != "" {
+		if c.TrustBundle, err = readBundle(c.TrustDomain, h.trustBundle); err != nil {
+			return c, failed("`sallyport ca export` on the control plane's machine prints it", "--trust-bundle %s: %w", h.trustBundle, err)
+		}
+	}
+	token := os.Getenv("SALLYPORT_JOIN_TOKEN")
+	if h.tokenFile != "" {
+		text, err := os.ReadFile(h.tokenFile)
+		if err != nil && !errors.Is(err, os.ErrNotExist) { // used once, it may be gone
+			return c, failed("", "read join token: %w", err)
+		}
+		token = string(text)
+	}
+	c.JoinToken = nodepb.Token(strings.TrimSpace(token))
+	if (h.x509Cert == "") != (h.x509Key == "") {
+		return c, usage("they belong together", "--x509pop-cert and --x509pop-key: one is missing")
+	}
+	if h.x509Cert != "" {
+		c.X509POP = func() (*tls.Certificate, error) {
+			pair, err := tls.LoadX509KeyPair(h.x509Cert, h.x509Key)
+			return &pair, err
+		}
+	}
+	return c, nil
+}
+
+// readBundle reads a bundle in either of the forms that `ca export` prints.
+func readBundle(td spiffeid.TrustDomain, path string) (*spiffebundle.Bundle, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if strings.HasPrefix(strings.TrimSpace(string(text)), "{") {
+		return spiffebundle.Parse(td, text)
+	}
+	b, err := x509bundle.Parse(td, text)
+	if err != nil {
+		return nil, err
+	}
+	if b.Empty() {
+		return nil, fmt.Errorf("there is no certificate in it")
+	}
+	return spiffebundle.FromX509Bundle(b), nil
+}

@@ -1,0 +1,242 @@
+package main
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"maps"
+	"net/url"
+	"os"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport.dev/controlplane/operator"
+)
+
+// joinToken is the answer to `token create`.
+type joinToken struct {
+	Token   string      `json:"token"`
+	Agent   spiffeid.ID `json:"agent"`
+	Expires time.Time   `json:"expires"`
+}
+
+// tokenInfo is a join token in a list.
+type tokenInfo struct {
+	Agent   spiffeid.ID `json:"agent"`
+	Expires time.Time   `json:"expires"`
+	Used    time.Time   `json:"used,omitzero"`
+}
+
+// agentInfo is an agent in a list.
+type agentInfo struct {
+	Agent    spiffeid.ID `json:"agent"`
+	Attested string      `json:"attested,omitempty"`
+	LastSeen time.Time   `json:"last_seen,omitzero"`
+	Expires  time.Time   `json:"expires,omitzero"`
+	Revoked  bool        `json:"revoked,omitempty"`
+}
+
+// actions are what operators may do with a running control plane.
+func (p *plane) actions() map[string]func(url.Values) (any, error) {
+	all := p.keeper.Actions()
+	if p.nodes == nil {
+		return all
+	}
+	maps.Copy(all, map[string]func(url.Values) (any, error){
+		"POST /tokens": func(q url.Values) (any, error) {
+			ttl, err := time.ParseDuration(q.Get("ttl"))
+			if err != nil {
+				return nil, fmt.Errorf("ttl: %w", err)
+			}
+			token, err := p.nodes.Tokens().Create(q.Get("node"), ttl)
+			if err != nil {
+				return nil, err
+			}
+			id, err := spiffeid.FromSegments(p.options.TrustDomain, "agent", q.Get("node"))
+			return joinToken{string(token), id, time.Now().Add(ttl)}, err
+		},
+		"GET /tokens": func(url.Values) (any, error) {
+			list := []tokenInfo{}
+			for _, t := range p.nodes.Tokens().List() {
+				list = append(list, tokenInfo{t.Agent, t.Expires, t.Used})
+			}
+			return list, nil
+		},
+		"GET /agents": func(url.Values) (any, error) {
+			list := []agentInfo{}
+			for _, a := range p.nodes.Agents() {
+				list = append(list, agentInfo{a.ID, a.Attested, a.LastSeen, a.Expires, a.Revoked})
+			}
+			return list, nil
+		},
+		"POST /agents/revoke": func(q url.Values) (any, error) {
+			id, err := spiffeid.FromPath(p.options.TrustDomain, "/agent/"+q.Get("node"))
+			if err != nil {
+				return nil, fmt.Errorf("node: %w", err)
+			}
+			return agentInfo{Agent: id, Revoked: true}, p.nodes.Revoke(id)
+		},
+	})
+	return all
+}
+
+func tokenCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "token",
+		Short: "Make join tokens, with which machines become nodes",
+		Args:  noArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	var state, name string
+	var ttl time.Duration
+	var o output
+	create := &cobra.Command{
+		Use:   "create --node NAME",
+		Short: "Make a token that lets one machine become this node, once",
+		Long: `Create prints a join token. Whoever has it may become the agent of the node, once and until it ends: hand it over as you
+would a password, and start ` + "`sallyport agent`" + ` with it.`,
+		Example: "  sallyport token create --node host-a --ttl 10m",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if name == "" {
+				return usage("name the machine, as documents do, with --node host-a", "--node is missing")
+			}
+			t, err := ask(cmd, state, func(c *operator.Client) (t joinToken, err error) {
+				return t, c.Post(cmd.Context(), "/tokens", url.Values{"node": {name}, "ttl": {ttl.String()}}, &t)
+			})
+			if err != nil {
+				return err
+			}
+			return o.print(cmd.OutOrStdout(), t, func() error {
+				_, err := fmt.Fprintln(cmd.OutOrStdout(), t.Token)
+				return err
+			})
+		},
+	}
+	create.Flags().StringVar(&name, "node", "", "`NAME` of the machine: its agent is then spiffe://TRUSTDOMAIN/agent/NAME (needed)")
+	create.Flags().DurationVar(&ttl, "ttl", 10*time.Minute, "how long it can be used")
+	stateFlag(create.Flags(), &state)
+	o.add(create, "text", "json", "yaml")
+
+	var listState string
+	var listOutput output
+	list := &cobra.Command{
+		Use:   "list",
+		Short: "List the tokens that have not ended, without themselves",
+		Args:  noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			tokens, err := ask(cmd, listState, func(c *operator.Client) (t []tokenInfo, err error) {
+				return t, c.Get(cmd.Context(), "/tokens", nil, &t)
+			})
+			if err != nil {
+				return err
+			}
+			return listOutput.print(cmd.OutOrStdout(), tokens, func() error {
+				w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+				fmt.Fprintln(w, "AGENT\tENDS\tUSED")
+				for _, t := range tokens {
+					fmt.Fprintf(w, "%s\t%s\t%s\n", t.Agent, moment(t.Expires), moment(t.Used))
+				}
+				return w.Flush()
+			})
+		},
+	}
+	stateFlag(list.Flags(), &listState)
+	listOutput.add(list, "text", "json", "yaml")
+	cmd.AddCommand(create, list)
+	return cmd
+}
+
+func agentsCommand() *cobra.Command {
+	var state string
+	var o output
+	cmd := &cobra.Command{
+		Use:   "agents",
+		Short: "List the agents of other machines",
+		Args:  noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			agents, err := ask(cmd, state, func(c *operator.Client) (a []agentInfo, err error) {
+				return a, c.Get(cmd.Context(), "/agents", nil, &a)
+			})
+			if err != nil {
+				return err
+			}
+			return o.print(cmd.OutOrStdout(), agents, func() error {
+				w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+				fmt.Fprintln(w, "AGENT\tATTESTED\tLAST SEEN\tSVID ENDS\t")
+				for _, a := range agents {
+					revoked := ""
+					if a.Revoked {
+						revoked = "revoked"
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", a.Agent, a.Attested, moment(a.LastSeen), moment(a.Expires), revoked)
+				}
+				return w.Flush()
+			})
+		},
+	}
+	stateFlag(cmd.Flags(), &state)
+	o.add(cmd, "text", "json", "yaml")
+
+	var revokeState string
+	revoke := &cobra.Command{
+		Use:   "revoke NODE",
+		Short: "Take an agent's identity away, now and for ever",
+		Long: `Revoke ends what the agent of a node may do: it gets nothing new for itself, its workloads and its gateway. What these
+hold ends when it would have: at most one lifetime of an SVID later.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return usage("`sallyport agents revoke host-a`", "revoke takes the name of one node, not %d", len(args))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			a, err := ask(cmd, revokeState, func(c *operator.Client) (a agentInfo, err error) {
+				return a, c.Post(cmd.Context(), "/agents/revoke", url.Values{"node": args}, &a)
+			})
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is revoked\n", a.Agent)
+			return err
+		},
+	}
+	stateFlag(revoke.Flags(), &revokeState)
+	cmd.AddCommand(revoke)
+	return cmd
+}
+
+// moment is a time as lists show it.
+func moment(t time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	return t.Local().Format(time.DateTime)
+}
+
+// readAuthorities reads certificates from a PEM file.
+func readAuthorities(path string) ([]*x509.Certificate, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var all []*x509.Certificate
+	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type != "CERTIFICATE" {
+			continue
+		}
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, c)
+	}
+	if len(all) == 0 {
+		return nil, errors.New("there is no certificate in it")
+	}
+	return all, nil
+}

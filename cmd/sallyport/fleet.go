@@ -1,0 +1,270 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"time"
+
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"sallyport.dev/controlplane"
+	"sallyport.dev/controlplane/envoy"
+	"sallyport.dev/controlplane/xds"
+	"sallyport.dev/identity"
+	"sallyport.dev/identity/issuer"
+	"sallyport.dev/identity/node"
+	"sallyport.dev/segment"
+)
+
+// door is where gateways on other machines come in: ADS, reports and the catalogue on one port, over mTLS with SPIFFE IDs
+// on both sides. Who a gateway is says its certificate and nothing else.
+type door struct {
+	plane       *plane
+	certificate func() (*tls.Certificate, error)           // of the control plane
+	bundles     func() x509bundle.Source                   // whom to believe
+	refused     func(gateway *segment.Gateway) (why error) // although it is in a document
+}
+
+// gateway returns the gateway that a connection is: one of the generation in force, whose certificate is valid now.
+func (d *door) gateway(state *tls.ConnectionState) (*segment.Gateway, error) {
+	if state == nil || len(state.PeerCertificates) == 0 {
+		return nil, errors.New("a gateway needs a client certificate")
+	}
+	id, err := identity.Verify(state.PeerCertificates, d.bundles(), time.Now())
+	if err != nil {
+		return nil, err
+	}
+	if g := d.plane.pipeline.State().Generation; g != nil {
+		for i := range g.Config.Gateways {
+			if gateway := &g.Config.Gateways[i]; gateway.ID == id && gateway.Node != "" {
+				return gateway, d.refused(gateway)
+			}
+		}
+	}
+	return nil, fmt.Errorf("%s is no gateway here", id)
+}
+
+func (d *door) caller(ctx context.Context) (*segment.Gateway, error) {
+	if p, ok := peer.FromContext(ctx); ok {
+		if info, ok := p.AuthInfo.(credentials.TLSInfo); ok {
+			return d.gateway(&info.State)
+		}
+	}
+	return nil, errors.New("a gateway comes over TLS")
+}
+
+func (d *door) name(ctx context.Context) (segment.GatewayName, error) {
+	g, err := d.caller(ctx)
+	if err != nil {
+		return "", err
+	}
+	return g.Name, nil
+}
+
+// serve serves until the context ends.
+func (d *door) serve(ctx context.Context, group *errgroup.Group, l net.Listener) {
+	rpc := grpc.NewServer(grpc.MaxRecvMsgSize(64<<20), xds.Endable(),
+		grpc.ChainStreamInterceptor(d.stream), grpc.ChainUnaryInterceptor(d.unary))
+	d.plane.gateways.Register(ctx, rpc, d.name)
+	d.plane.reports(rpc)
+	server := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("content-type"), "application/grpc") {
+				rpc.ServeHTTP(w, r)
+			} else {
+				d.catalog(w, r)
+			}
+		}),
+		TLSConfig: &tls.Config{
+			MinVersion:             tls.VersionTLS13,
+			ClientAuth:             tls.RequireAnyClientCert, // whose it is is looked at with each call, by what is true then
+			SessionTicketsDisabled: true,
+			NextProtos:             []string{"h2"},
+			GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return d.certificate() },
+			VerifyPeerCertificate:  d.handshake,
+		},
+		ReadHeaderTimeout: 10 * time.Second,
+		MaxHeaderBytes:    64 << 10,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ErrorLog:          log.New(refusals{d.plane.log}, "", 0),
+	}
+	group.Go(func() error {
+		if err := server.ServeTLS(l, "", ""); err != nil && !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serve gateways: %w", err)
+		}
+		return nil
+	})
+	group.Go(func() error {
+		<-ctx.Done()
+		rpc.Stop()
+		return server.Close()
+	})
+}
+
+// handshake turns away whoever is nobody here, before it can send anything.
+func (d *door) handshake(raw [][]byte, _ [][]*x509.Certificate) error {
+	state := &tls.ConnectionState{}
+	for _, der := range raw {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return err
+		}
+		state.PeerCertificates = append(state.PeerCertificates, c)
+	}
+	_, err := d.gateway(state)
+	return err
+}
+
+// stream lets gateways only call, and believes none that reports as another.
+func (d *door) stream(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	name, err := d.name(ss.Context())
+	if err != nil {
+		return status.Error(codes.PermissionDenied, err.Error())
+	}
+	return next(srv, reportsAs{ss, name})
+}
+
+func (d *door) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	if _, err := d.name(ctx); err != nil {
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	}
+	return next(ctx, req)
+}
+
+// reportsAs refuses access logs in another gateway's name.
+type reportsAs struct {
+	grpc.ServerStream
+	name segment.GatewayName
+}
+
+func (s reportsAs) RecvMsg(m any) error {
+	if err := s.ServerStream.RecvMsg(m); err != nil {
+		return err
+	}
+	if logs, ok := m.(*accesslogv3.StreamAccessLogsMessage); ok && logs.Identifier != nil && logs.Identifier.GetNode().GetId() != string(s.name) {
+		return status.Errorf(codes.PermissionDenied, "gateway %s reports as %q", s.name, logs.Identifier.GetNode().GetId())
+	}
+	return nil
+}
+
+// catalog answers for the endpoints that the gateway serves.
+func (d *door) catalog(w http.ResponseWriter, r *http.Request) {
+	g, err := d.gateway(r.TLS)
+	if err != nil || !g.Serves(segment.EndpointName(r.Header.Get(envoy.EndpointHeader))) {
+		http.Error(w, "not for this gateway", http.StatusForbidden)
+		return
+	}
+	askedBy(g.Name, d.plane.lists).ServeHTTP(w, r)
+}
+
+// refusals logs what the HTTP server says of failed handshakes: who tries and may not is worth knowing.
+type refusals struct{ log *slog.Logger }
+
+func (l refusals) Write(text []byte) (int, error) {
+	l.log.Warn("gateway refused", "error", strings.TrimSpace(string(text)))
+	return len(text), nil
+}
+
+// openFleet opens what other machines come to.
+func (p *plane) openFleet() error {
+	if p.agentListen == "" && p.gatewayListen == "" {
+		return nil
+	}
+	c := node.Config{TrustDomain: p.options.TrustDomain, Certifier: p.local, Dir: filepath.Join(p.state.dir, "agents"),
+		TTL: p.options.SVIDTTL, Log: p.log}
+	var err error
+	if p.x509pop != "" {
+		if c.X509POP, err = readAuthorities(p.x509pop); err != nil {
+			return failed("give a PEM file with the authorities of your machines' certificates", "--x509pop-ca %s: %w", p.x509pop, err)
+		}
+	}
+	if p.nodes, err = node.Open(c); err != nil {
+		return err
+	}
+	p.nodes.SetBundles(p.bundles.now())
+	for _, l := range []struct {
+		address, flag string
+		into          *net.Listener
+	}{{p.agentListen, "--agent-listen", &p.agentListener}, {p.gatewayListen, "--gateway-listen", &p.gatewayListener}} {
+		if l.address == "" {
+			continue
+		}
+		if *l.into, err = net.Listen("tcp", l.address); err != nil {
+			return failed("name another with "+l.flag, "listen for other machines: %w", err)
+		}
+	}
+	p.pipeline.Sinks = append([]controlplane.Sink{assignments{p}}, p.pipeline.Sinks...)
+	return nil
+}
+
+func (p *plane) serveFleet(ctx context.Context, group *errgroup.Group) {
+	if p.agentListener != nil {
+		group.Go(func() error { return p.nodes.Run(ctx, p.agentListener) })
+	}
+	if p.gatewayListener != nil {
+		d := &door{
+			plane:       p,
+			certificate: p.nodes.Certificate,
+			bundles:     func() x509bundle.Source { return p.bundles.now().Own.X509Bundle() },
+			refused: func(g *segment.Gateway) error {
+				id, err := agentID(p.options.TrustDomain, g.Node)
+				if err == nil && p.nodes.Revoked(id) {
+					err = fmt.Errorf("the agent of gateway %s is revoked", g.Name)
+				}
+				return err
+			},
+		}
+		d.serve(ctx, group, p.gatewayListener)
+	}
+}
+
+// assignments is the sink that tells who may hold which identity on other machines.
+type assignments struct{ plane *plane }
+
+func (s assignments) Publish(_ context.Context, g *controlplane.Generation) error {
+	var all []node.Assignment
+	for i := range g.Config.Gateways {
+		if gateway := &g.Config.Gateways[i]; gateway.Node != "" {
+			all = append(all, s.assign(gatewayEntry(g, gateway), gateway.Node))
+		}
+	}
+	for i := range g.Config.Workloads {
+		if w := &g.Config.Workloads[i]; len(w.Nodes) > 0 {
+			all = append(all, s.assign(workloadEntry(w, s.plane.options.SVIDTTL), w.Nodes...))
+		}
+	}
+	s.plane.nodes.Set(all)
+	return nil
+}
+
+func (s assignments) assign(e issuer.Entry, nodes ...segment.NodeName) node.Assignment {
+	a := node.Assignment{Entry: e}
+	for _, name := range nodes {
+		if id, err := agentID(s.plane.options.TrustDomain, name); err == nil { // else Assemble has refused it
+			a.Agents = append(a.Agents, id)
+		}
+	}
+	return a
+}
+
+// agentID is the agent of a node, by the name that documents give it.
+func agentID(td spiffeid.TrustDomain, name segment.NodeName) (spiffeid.ID, error) {
+	return spiffeid.FromPath(td, "/agent/"+string(name))
+}

@@ -1,0 +1,120 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport.dev/controlplane/envoy"
+	"sallyport.dev/controlplane/gateway"
+	"sallyport.dev/segment"
+)
+
+// edge is the flags of `sallyport gateway`.
+type edge struct {
+	name         string
+	trustDomain  string
+	controlPlane string
+	identity     string
+	state        string
+	envoy        string
+	concurrency  int
+	logFormat    string
+}
+
+func gatewayCommand() *cobra.Command {
+	var e edge
+	cmd := &cobra.Command{
+		Use:   "gateway --name NAME --control-plane HOST:PORT",
+		Short: "Run a gateway whose control plane is on another machine",
+		Long: `Gateway keeps an Envoy running that takes its identity from the agent of this machine (or any SPIFFE provider
+with SDS, like SPIRE's agent) and everything else from the control plane, which knows it by a Gateway document.
+While the control plane is away it goes on with what it has.`,
+		Example: "  sallyport gateway --name edge --control-plane plane.internal:9444",
+		Args:    noArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return e.run(cmd.Context(), cmd.ErrOrStderr()) },
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&e.name, "name", "", "`NAME` of its Gateway document (needed)")
+	flags.StringVar(&e.controlPlane, "control-plane", "", "`HOST:PORT` at which the control plane has its --gateway-listen (needed)")
+	flags.StringVar(&e.trustDomain, "trust-domain", "example.org", "trust domain `NAME`")
+	flags.StringVar(&e.identity, "identity", "unix://"+defaultWorkloadSocket(), "`ADDRESS` of the SDS socket of this machine's agent, as in unix:///run/sallyport/workload.sock")
+	flags.StringVar(&e.state, "state", filepath.Join(defaultState(), "gateway"), "`DIR` for what Envoy reads")
+	envoyFlags(flags, &e.envoy, &e.concurrency)
+	logFlag(flags, &e.logFormat)
+	return cmd
+}
+
+func (e *edge) run(ctx context.Context, errOut io.Writer) error {
+	log, err := logger(e.logFormat, errOut)
+	if err != nil {
+		return err
+	}
+	td, err := spiffeid.TrustDomainFromString(e.trustDomain)
+	if err != nil {
+		return usage("a trust domain looks like example.org", "--trust-domain: %w", err)
+	}
+	own, err := spiffeid.FromSegments(td, "gateway", e.name)
+	if err != nil {
+		return usage("give the name of the Gateway document with --name", "--name: %w", err)
+	}
+	plane, err := spiffeid.FromSegments(td, "controlplane")
+	if err != nil {
+		return fmt.Errorf("name the control plane: %w", err)
+	}
+	address, err := addressOf(e.controlPlane)
+	if err != nil {
+		return usage("as in --control-plane plane.internal:9444", "--control-plane: %w", err)
+	}
+	socket, ok := strings.CutPrefix(e.identity, "unix://")
+	if !ok || !filepath.IsAbs(socket) {
+		return usage("as in --identity unix:///run/sallyport/workload.sock", "--identity: %q is no Unix socket", e.identity)
+	}
+	binary, err := findEnvoy(ctx, e.envoy)
+	if err != nil {
+		return err
+	}
+	state, err := openState(e.state)
+	if err != nil {
+		return err
+	}
+	defer state.close()
+	admin := filepath.Join(state.run, "envoy.sock")
+	supervisor := &gateway.Supervisor{
+		Binary: binary, Folder: state.run, Concurrency: e.concurrency, Log: log,
+		Bootstrap: envoy.Bootstrap(segment.GatewayName(e.name), envoy.Sockets{Identity: socket, Admin: admin,
+			Remote: &envoy.Remote{Address: address, ID: plane, Own: own}}),
+		Started: func(pid int) {
+			log.Info("envoy started", "gateway", e.name, "caller", own.String(), "control_plane", e.controlPlane, "identity", e.identity, "pid", pid)
+		},
+	}
+	running, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	defer context.AfterFunc(ctx, func() {
+		lastReports(admin)
+		end()
+	})()
+	err = supervisor.Run(running)
+	log.Info("stopped")
+	return err
+}
+
+// addressOf reads a host and a port.
+func addressOf(s string) (segment.Address, error) {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		return segment.Address{}, err
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 || host == "" {
+		return segment.Address{}, fmt.Errorf("%q is no host and port", s)
+	}
+	return segment.Address{Host: host, Port: uint16(n)}, nil
+}

@@ -1,0 +1,112 @@
+package disk
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"pgregory.net/rapid"
+
+	"sallyport.dev/identity"
+)
+
+// TestAnyClock keeps a folder with a clock that does as it likes, as no clock does that tests can have otherwise. What
+// signs is trusted and accepted, what is valid is trusted, and the file says what is in force.
+func TestAnyClock(t *testing.T) {
+	dir := t.TempDir()
+	leaf, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, n := spiffeid.RequireFromString("spiffe://example.org/app"), 0
+	rapid.Check(t, func(t *rapid.T) {
+		n++
+		const life = 1000 * time.Hour
+		c := Config{Dir: filepath.Join(dir, time.Duration(n).String()), TrustDomain: id.TrustDomain(), RootTTL: life, JWTKeyTTL: life / 3, Overlap: 10 * time.Hour}.withDefaults()
+		k := &Keeper{config: c, folder: folder{dir: c.Dir}}
+		if err := k.folder.open(); err != nil {
+			t.Fatal(err)
+		}
+		now := time.Date(2026, 3, 1, 12, 0, 0, 500e6, time.UTC)
+		if err := k.open(t.Context(), now); err != nil {
+			t.Fatal(err)
+		}
+		type signed struct {
+			chain []*x509.Certificate
+			token string
+			from  time.Time
+			until time.Time
+		}
+		var all []signed
+		for range rapid.IntRange(1, 25).Draw(t, "steps") {
+			switch rapid.IntRange(0, 6).Draw(t, "what happens") {
+			case 0:
+				now = now.Add(-time.Duration(rapid.Int64Range(0, int64(2*life)).Draw(t, "clock goes back")))
+			case 1:
+				now = now.Add(time.Duration(rapid.Int64Range(0, int64(2*life)).Draw(t, "sleeps")))
+			case 2:
+				asked := &request{what: rapid.SampledFrom([]What{X509, JWT, All}).Draw(t, "what"), now: rapid.Bool().Draw(t, "now")}
+				_ = k.look(t.Context(), now, asked) // which a clock that is behind, or too many of them, make fail
+			case 3:
+				k = &Keeper{config: c, folder: folder{dir: c.Dir}} // it is started again
+				s, err := k.folder.load(c.TrustDomain, now)
+				if err != nil {
+					t.Fatal(err)
+				}
+				k.state, k.exists = s, true
+			default:
+				now = now.Add(time.Duration(rapid.Int64Range(0, int64(life/8)).Draw(t, "time goes by")))
+			}
+			if err := k.look(t.Context(), now, nil); err != nil {
+				t.Fatalf("%s: %v", now, err)
+			}
+			shown := k.shown.Load()
+			if shown == nil {
+				t.Fatalf("%s: nothing is in force", now)
+			}
+			a := shown.authorities
+			if len(a.Bundle.X509Authorities()) == 0 {
+				t.Fatalf("%s: nobody is trusted", now)
+			}
+			if stored, err := k.folder.load(c.TrustDomain, now); err != nil || !stored.bundle().Equal(a.Bundle) {
+				t.Fatalf("%s: the file says something else: %v", now, err)
+			}
+			all = slices.DeleteFunc(all, func(s signed) bool { return now.After(s.until) })
+			s := signed{from: now, until: now.Add(time.Hour)}
+			if template, err := a.X509.SVIDTemplate(identity.Request{ID: id, TTL: time.Hour}, now, rand.Reader); err == nil {
+				if s.chain, err = a.X509.Sign(template, leaf.Public(), now); err != nil {
+					t.Fatal(err)
+				}
+			} else if slices.ContainsFunc(k.state.roots, func(r root) bool { return r.Valid(now.Add(time.Minute)) && r.Valid(now) }) {
+				t.Fatalf("%s: nothing can be signed although there is a root: %v", now, err)
+			}
+			if a.JWT != nil {
+				if s.token, err = a.JWT.Sign(identity.JWTRequest{ID: id, Audience: []string{"db"}, TTL: time.Hour}, now); err != nil && a.JWT.NotAfter().Sub(now) > time.Minute {
+					t.Fatalf("%s: %v", now, err)
+				}
+			}
+			all = append(all, s)
+			for _, s := range all {
+				if now.Before(s.from) {
+					continue
+				}
+				if s.chain != nil && !now.After(s.chain[0].NotAfter) {
+					if _, err := identity.Verify(s.chain, a.Bundle, now); err != nil {
+						t.Fatalf("%s: signed at %s: %v", now, s.from, err)
+					}
+				}
+				if s.token != "" && now.Before(s.until) {
+					if _, _, err := identity.ValidateJWT(s.token, a.Bundle, []string{"db"}, now); err != nil {
+						t.Fatalf("%s: signed at %s: %v", now, s.from, err)
+					}
+				}
+			}
+		}
+	})
+}

@@ -1,0 +1,149 @@
+package federation
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+
+	"sallyport.dev/segment"
+)
+
+const (
+	fetchTime    = 30 * time.Second // for all of a fetch, redirects and slow bodies included
+	maxRedirects = 3
+	maxHeader    = 64 << 10
+)
+
+// fetcher gets bundles from their endpoints.
+type fetcher struct {
+	// dial replaces the network in tests.
+	dial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// fetch gets the bundle of a trust domain, once (SPIFFE Federation, 5.2.1.4 and 5.2.2.4). The verifier is the bundle
+// that an endpoint of the profile https_spiffe is verified with.
+func (f fetcher) fetch(ctx context.Context, t segment.TrustDomain, verifier x509bundle.Source) (*spiffebundle.Bundle, error) {
+	config, err := clientTLS(t.Endpoint, verifier)
+	if err != nil {
+		return nil, err
+	}
+	u, err := url.Parse(t.Endpoint.URL)
+	if err != nil {
+		return nil, fmt.Errorf("fetch bundle: %w", err)
+	}
+	if err := mayAsk(u, u); err != nil {
+		return nil, fmt.Errorf("fetch bundle: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, fetchTime)
+	defer cancel()
+	// A connection and its session belong to one fetch: the next is verified with what is known then.
+	transport := &http.Transport{
+		Proxy:                  http.ProxyFromEnvironment, // it sees TLS only
+		DialContext:            f.dial,
+		TLSClientConfig:        config,
+		DisableKeepAlives:      true,
+		DisableCompression:     true, // what is counted is what is read
+		MaxResponseHeaderBytes: maxHeader,
+	}
+	defer transport.CloseIdleConnections()
+	client := http.Client{Transport: transport, CheckRedirect: func(r *http.Request, via []*http.Request) error {
+		if len(via) > maxRedirects {
+			return fmt.Errorf("it redirects more than %d times", maxRedirects)
+		}
+		return mayAsk(r.URL, u)
+	}}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, fmt.Errorf("fetch bundle: %w", err)
+	}
+	request.Header.Set("Accept", "application/json")
+	answer, err := client.Do(request)
+	if err != nil {
+		return nil, fmt.Errorf("fetch bundle: %w", err)
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("fetch bundle: the endpoint answers %d", answer.StatusCode)
+	}
+	document, err := io.ReadAll(io.LimitReader(answer.Body, segment.MaxBundle+1))
+	if err != nil {
+		return nil, fmt.Errorf("fetch bundle: %w", err)
+	}
+	return segment.ParseBundle(t.Domain, document)
+}
+
+// mayAsk reports why a URL is not asked for a bundle. The specification lets clients follow redirects to other hosts,
+// and lets them refuse (SPIFFE Federation, 7.5.1): a document names one host, and that is the one to be trusted.
+func mayAsk(u, endpoint *url.URL) error {
+	switch {
+	case u.Scheme != "https":
+		return errors.New("not over https")
+	case u.User != nil:
+		return errors.New("there is a user in the URL")
+	case u.Host != endpoint.Host:
+		return fmt.Errorf("it redirects to another host, %q", u.Host)
+	}
+	return nil
+}
+
+// clientTLS is how an endpoint is verified.
+func clientTLS(e segment.BundleEndpoint, verifier x509bundle.Source) (*tls.Config, error) {
+	switch e.Profile {
+	case segment.HTTPSWeb:
+		config := &tls.Config{MinVersion: tls.VersionTLS12}
+		if e.CAFile != "" {
+			pem, err := readFile(e.CAFile, segment.MaxBundle)
+			if err != nil {
+				return nil, fmt.Errorf("read CA file: %w", err)
+			}
+			config.RootCAs = x509.NewCertPool()
+			if !config.RootCAs.AppendCertsFromPEM(pem) {
+				return nil, fmt.Errorf("read CA file: there is no certificate in %s", e.CAFile)
+			}
+		}
+		return config, nil
+	case segment.HTTPSSPIFFE:
+		if verifier == nil || e.ID.IsZero() {
+			return nil, errors.New("verify endpoint: no bundle of its trust domain yet")
+		}
+		return tlsconfig.TLSClientConfig(verifier, tlsconfig.AuthorizeID(e.ID)), nil
+	}
+	return nil, fmt.Errorf("verify endpoint: there is no profile %q", e.Profile)
+}
+
+// readFile reads a file of at most so many bytes.
+func readFile(path string, limit int64) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a file", path) // to open a pipe could take for ever
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s is larger than %d MiB", path, limit>>20)
+	}
+	return bytes.TrimSpace(data), nil
+}

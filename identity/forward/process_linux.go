@@ -1,0 +1,330 @@
+package forward
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/user"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"sallyport.dev/identity/attest"
+	"sallyport.dev/segment"
+)
+
+const (
+	maxProgram = 512 << 20 // bytes; larger programs have no hash
+	maxHashing = 2         // programs that are read at a time
+)
+
+// process is held by a pidfd, which goes on meaning the same process when its PID is another's. What is read from
+// /proc/PID is therefore true of it if it is still alive after the reading.
+type process struct {
+	pid, uid, gid int // when it connected
+	pidfd         *os.File
+	exe           fs.FileInfo // the program that it ran when it was attested; nil if that could not be read
+
+	hashing chan struct{} // shared by all processes: holds one for each program that is being read
+	hash    atomic.Pointer[string]
+}
+
+// key tells apart all processes that live at one moment, and what each was when it connected.
+type key struct {
+	pid, uid, gid int
+	dev, ino      uint64 // of the program
+}
+
+func (p *process) key() key {
+	k := key{pid: p.pid, uid: p.uid, gid: p.gid}
+	if p.exe != nil {
+		s := unixStat(p.exe)
+		k.dev, k.ino = s.Dev, s.Ino
+	}
+	return k
+}
+
+// holdPeer returns the process that connected a Unix socket.
+func holdPeer(c *net.UnixConn) (*process, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var cred *unix.Ucred
+	var fd int
+	var credErr, fdErr error
+	err = raw.Control(func(s uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(s), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		fd, fdErr = unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	})
+	if err := errors.Join(err, credErr); err != nil {
+		return nil, err
+	}
+	if cred.Pid <= 0 {
+		return nil, errors.New("its process is in a PID namespace that cannot be seen from here")
+	}
+	old := errors.Is(fdErr, unix.ENOPROTOOPT) // Linux before 6.5
+	if old {
+		fd, fdErr = unix.PidfdOpen(int(cred.Pid), 0)
+	}
+	if fdErr != nil {
+		return nil, fmt.Errorf("hold process %d: %w", cred.Pid, fdErr)
+	}
+	p, err := newProcess(int(cred.Pid), fd)
+	if err != nil {
+		return nil, err
+	}
+	p.uid, p.gid = int(cred.Uid), int(cred.Gid)
+	// A pidfd that was opened by PID may be that of a process which has got the PID since the connection.
+	if old {
+		uid, gid, err := p.user()
+		if err == nil && (uid != p.uid || gid != p.gid) {
+			err = errors.New("its process has ended and another has its PID")
+		}
+		if err != nil {
+			p.close()
+			return nil, err
+		}
+	}
+	return p.begin()
+}
+
+// holdPID returns the process that has a PID now, as the user that it runs as now.
+func holdPID(pid int) (*process, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("hold process %d: %w", pid, err)
+	}
+	p, err := newProcess(pid, fd)
+	if err != nil {
+		return nil, err
+	}
+	if p.uid, p.gid, err = p.user(); err != nil {
+		p.close()
+		return nil, err
+	}
+	return p.begin()
+}
+
+func newProcess(pid, pidfd int) (*process, error) {
+	if err := unix.SetNonblock(pidfd, true); err != nil { // lets Go wait for it without a thread
+		return nil, errors.Join(fmt.Errorf("hold process %d: %w", pid, err), unix.Close(pidfd))
+	}
+	return &process{pid: pid, pidfd: os.NewFile(uintptr(pidfd), "pidfd")}, nil
+}
+
+// begin notes which program runs.
+func (p *process) begin() (*process, error) {
+	// Not readable: it gets no selectors of its program, as in package attest.
+	p.exe, _ = os.Stat(p.proc("exe"))
+	if err := p.alive(); err != nil {
+		p.close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// again returns the same process, held once more.
+func (p *process) again() (*process, error) {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("hold process %d: %w", p.pid, err)
+	}
+	var fd int
+	var dupErr error
+	err = raw.Control(func(old uintptr) { fd, dupErr = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(err, dupErr); err != nil {
+		return nil, fmt.Errorf("hold process %d: %w", p.pid, err)
+	}
+	q, err := newProcess(p.pid, fd)
+	if err != nil {
+		return nil, err
+	}
+	q.uid, q.gid, q.exe, q.hashing = p.uid, p.gid, p.exe, p.hashing
+	return q, nil
+}
+
+func (p *process) close() { p.pidfd.Close() }
+
+type processKey struct{}
+
+// Selectors is an issuer's Config.Attest that knows the processes for which a Forwarder asks, and asks package attest
+// about all others. Of ours it knows user, group, path and hash.
+func Selectors(ctx context.Context, kinds []string) ([]segment.Selector, error) {
+	p, ok := ctx.Value(processKey{}).(*process)
+	if !ok {
+		return attest.Selectors(ctx, kinds)
+	}
+	seen, err := p.look(ctx, slices.Contains(kinds, "unix:sha256"))
+	if err != nil {
+		return nil, fmt.Errorf("attest caller: %w", err)
+	}
+	return seen.Selectors(), nil
+}
+
+// look says what the process is now. The context ends the wait for a program's hash.
+func (p *process) look(ctx context.Context, hash bool) (attest.Process, error) {
+	seen := attest.Process{PID: p.pid, UID: p.uid, GID: p.gid}
+	if u, err := user.LookupId(strconv.Itoa(p.uid)); err == nil {
+		seen.User = u.Username
+	}
+	if exe, err := os.Stat(p.proc("exe")); err == nil {
+		seen.Path = p.path(exe)
+		if hash {
+			if seen.SHA256, err = p.sha256(ctx); err != nil {
+				return attest.Process{}, err
+			}
+		}
+	}
+	if err := p.check(); err != nil {
+		return attest.Process{}, err
+	}
+	return seen, nil
+}
+
+// check returns an error if the process has ended, or runs another program than when it was attested: else it could
+// ask and then become a trusted program, in whose name it would be answered.
+func (p *process) check() error {
+	exe, unread := os.Stat(p.proc("exe"))
+	if err := p.alive(); err != nil {
+		return err
+	}
+	// One whose program can be read no longer, or only now, is likely to have become a set-user-ID program, or to have
+	// been one.
+	if (unread == nil) != (p.exe != nil) || unread == nil && !os.SameFile(exe, p.exe) {
+		return fmt.Errorf("process %d runs another program than when it connected, or hides which", p.pid)
+	}
+	return nil
+}
+
+// path returns the program's path if it leads to the program. So one that was deleted has none, nor has one that is
+// at that path only in a container of the process's own making.
+func (p *process) path(exe fs.FileInfo) string {
+	path, err := os.Readlink(p.proc("exe"))
+	if err != nil {
+		return ""
+	}
+	if there, err := os.Stat(path); err != nil || !os.SameFile(there, exe) {
+		return ""
+	}
+	return path
+}
+
+// sha256 returns the hash of the program in hex; "" if it cannot be had. Nobody can write to a program that runs.
+func (p *process) sha256(ctx context.Context) (string, error) {
+	if known := p.hash.Load(); known != nil {
+		return *known, nil
+	}
+	select {
+	case p.hashing <- struct{}{}:
+		defer func() { <-p.hashing }()
+	case <-ctx.Done():
+		return "", fmt.Errorf("hash program: %w", context.Cause(ctx))
+	}
+	f, err := os.Open(p.proc("exe"))
+	if err != nil {
+		return "", nil // it has none, as that of a process that may not be read
+	}
+	defer f.Close()
+	before, err := f.Stat()
+	if err != nil || p.exe == nil || !os.SameFile(before, p.exe) || before.Size() > maxProgram {
+		return "", nil
+	}
+	digest := sha256.New()
+	if n, err := io.Copy(digest, io.LimitReader(f, before.Size()+1)); err != nil || n != before.Size() {
+		return "", nil
+	}
+	if after, err := f.Stat(); err != nil || unixStat(after).Ctim != unixStat(before).Ctim || after.Size() != before.Size() {
+		return "", nil // changed while it was read
+	}
+	sum := hex.EncodeToString(digest.Sum(nil))
+	p.hash.Store(&sum)
+	return sum, nil
+}
+
+// alive returns an error once the process has ended.
+func (p *process) alive() error {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("watch process %d: %w", p.pid, err)
+	}
+	var ended bool
+	var pollErr error
+	err = raw.Control(func(fd uintptr) { ended, pollErr = readable(fd) })
+	if err := errors.Join(err, pollErr); err != nil {
+		return fmt.Errorf("watch process %d: %w", p.pid, err)
+	}
+	if ended {
+		return fmt.Errorf("process %d has ended", p.pid)
+	}
+	return nil
+}
+
+// wait returns when the process has ended, or is let go.
+func (p *process) wait() error {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("watch process %d: %w", p.pid, err)
+	}
+	var pollErr error
+	err = raw.Read(func(fd uintptr) bool {
+		var ended bool
+		ended, pollErr = readable(fd)
+		return ended || pollErr != nil
+	})
+	if err := errors.Join(err, pollErr); err != nil {
+		return fmt.Errorf("watch process %d: %w", p.pid, err)
+	}
+	return fmt.Errorf("process %d has ended", p.pid)
+}
+
+// readable reports whether a pidfd is: its process has ended then.
+func readable(pidfd uintptr) (bool, error) {
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return n != 0, err
+		}
+	}
+}
+
+// user returns the user and the group that the process runs as.
+func (p *process) user() (uid, gid int, err error) {
+	status, err := os.ReadFile(p.proc("status")) // the kernel bounds it
+	if err != nil {
+		return 0, 0, fmt.Errorf("look at process %d: %w", p.pid, err)
+	}
+	if uid, err = effective(string(status), "Uid:"); err == nil {
+		gid, err = effective(string(status), "Gid:")
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("look at process %d: %w", p.pid, err)
+	}
+	return uid, gid, nil
+}
+
+// effective returns the second of the IDs in a line of /proc/PID/status: real, effective, saved, file system's.
+func effective(status, name string) (int, error) {
+	for line := range strings.Lines(status) {
+		if fields := strings.Fields(line); len(fields) == 5 && fields[0] == name {
+			id, err := strconv.ParseUint(fields[2], 10, 32)
+			return int(id), err
+		}
+	}
+	return 0, fmt.Errorf("its status has no %s", name)
+}
+
+func (p *process) proc(name string) string { return fmt.Sprintf("/proc/%d/%s", p.pid, name) }
+
+// unixStat is what every FileInfo of package os holds on Linux.
+func unixStat(info fs.FileInfo) *syscall.Stat_t { return info.Sys().(*syscall.Stat_t) }

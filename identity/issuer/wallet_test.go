@@ -1,0 +1,134 @@
+package issuer_test
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"sallyport.dev/identity/issuer"
+)
+
+// distant is a signer that can be out of reach.
+type distant struct {
+	*issuer.Issuer
+	err   error
+	asked int
+}
+
+func (d *distant) CertifyX509(ctx context.Context, e issuer.Entry, csr []byte) ([]*x509.Certificate, error) {
+	if d.asked++; d.err != nil {
+		return nil, d.err
+	}
+	return d.Issuer.CertifyX509(ctx, e, csr)
+}
+
+// Whoever signs is away when an SVID is half through its life: it is held until it ends, and not a moment longer.
+func TestWalletHoldsWhileSignerIsAway(t *testing.T) {
+	for _, ttl := range []time.Duration{time.Hour, time.Minute, 3 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			a, b := entry("a", unix("uid:1")), entry("b", unix("uid:1"))
+			a.TTL, b.TTL = ttl, ttl
+			signer := &distant{Issuer: newIssuer(t, nil)}
+			signer.Set([]issuer.Entry{a, b})
+			var w issuer.Wallet
+			if _, err := w.Renew(t.Context(), signer, []issuer.Entry{a, b}); err != nil {
+				t.Fatal(err)
+			}
+			first, end := serials(&w), w.SVIDs()[0].Certificates[0].NotAfter
+
+			signer.err, signer.asked = status.Error(codes.Unavailable, "away"), 0
+			rounds := 0
+			for {
+				<-w.Due()
+				changed, err := w.Renew(t.Context(), signer, []issuer.Entry{a, b})
+				if err != nil {
+					break
+				}
+				if rounds++; changed || serials(&w)[0] != first[0] {
+					t.Fatal("something else is held")
+				}
+				if !time.Now().Before(end) {
+					t.Fatalf("held at %s, ended %s", time.Now(), end)
+				}
+			}
+			if late := time.Since(end); late < 0 || late > time.Second {
+				t.Errorf("%s: given up %s after the end", ttl, late)
+			}
+			if rounds < 1 || rounds > 150 || signer.asked > rounds+1 {
+				t.Errorf("%s: tried %d times, asked %d times for two entries", ttl, rounds, signer.asked)
+			}
+		})
+	}
+}
+
+func TestWalletRecovers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := entry("a", unix("uid:1"))
+		a.TTL = time.Hour
+		signer := &distant{Issuer: newIssuer(t, nil)}
+		signer.Set([]issuer.Entry{a})
+		var w issuer.Wallet
+		renew := func(want bool) {
+			t.Helper()
+			if changed, err := w.Renew(t.Context(), signer, []issuer.Entry{a}); err != nil || changed != want {
+				t.Fatalf("changed %t, %v", changed, err)
+			}
+		}
+		renew(true)
+		<-w.Due()
+		signer.err = status.Error(codes.Unavailable, "away")
+		renew(false)
+		asked := signer.asked
+		renew(false) // something else woke the stream: it is not yet time to ask again
+		if signer.asked != asked {
+			t.Error("asked again at once")
+		}
+		a.DNSNames = []string{"a.internal"}
+		renew(false) // what says too little is better than nothing
+		signer.err = nil
+		<-w.Due()
+		renew(true)
+		if w.SVIDs()[0].Certificates[0].DNSNames == nil {
+			t.Error("the old entry was certified")
+		}
+		if due := <-w.Due(); time.Until(due) > 0 {
+			t.Error("due early")
+		}
+		renew(true)
+	})
+}
+
+// What is refused, or asked for by somebody who left, is not held on to.
+func TestWalletDoesNotOverrule(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := entry("a", unix("uid:1"))
+		signer := &distant{Issuer: newIssuer(t, nil)}
+		signer.Set([]issuer.Entry{a})
+		for _, refusal := range []error{
+			status.Error(codes.PermissionDenied, "no"), status.Error(codes.NotFound, "no"), errors.New("no"),
+		} {
+			var w issuer.Wallet
+			signer.err = nil
+			if _, err := w.Renew(t.Context(), signer, []issuer.Entry{a}); err != nil {
+				t.Fatal(err)
+			}
+			<-w.Due()
+			signer.err = refusal
+			if _, err := w.Renew(t.Context(), signer, []issuer.Entry{a}); !errors.Is(err, refusal) {
+				t.Errorf("%v became %v", refusal, err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			signer.err = status.Error(codes.Unavailable, "away")
+			if _, err := w.Renew(ctx, signer, []issuer.Entry{a}); err == nil {
+				t.Error("renewed for nobody")
+			}
+		}
+	})
+}

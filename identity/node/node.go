@@ -1,0 +1,278 @@
+// Package node attests the agents on other machines and gives each the identities of its workloads, and no others.
+//
+// It is for a control plane whose workloads are on many machines; identity/agent is the other end, nodepb what they
+// speak. A machine becomes an agent by a join token or by a certificate of an authority that the operator named, gets
+// an X.509-SVID of its own and asks with that for all else. What an entry says is the control plane's word: of what an
+// agent sends, the server believes the keys that it proves to have, and nothing else. It never sees a private key but
+// its own, keeps join tokens only as hashes, and gives an agent that has no assignment, or is not known, or is revoked,
+// nothing.
+//
+// The shapes are those of SPIRE's Agent, Entry and SVID APIs.
+package node
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+
+	"sallyport.dev/identity"
+	"sallyport.dev/identity/issuer"
+	"sallyport.dev/identity/node/nodepb"
+)
+
+const (
+	maxConnections = 4096
+	maxStreams     = 64       // calls at a time on one connection
+	maxMessage     = 64 << 10 // a chain of certificates is the largest that an agent sends
+	maxHeaders     = 16 << 10
+	retrySVID      = 5 * time.Second
+)
+
+// Config is what a server is made of.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	Certifier   issuer.Certifier
+	// Dir keeps what must outlast the process: join tokens (as hashes) and agents. It is made with mode 0700 where there
+	// is none, and must be one process's at a time.
+	Dir string
+	// X509POP are the authorities whose certificates attest machines. Whoever holds one is an agent: they should certify
+	// nothing else. Without any, nobody is attested in that way.
+	X509POP []*x509.Certificate
+	// TTL is the lifetime of the X.509-SVIDs of agents and of the control plane; an hour if it is zero.
+	TTL time.Duration
+	Log *slog.Logger
+}
+
+// Assignment is an entry and the agents on whose machines it holds.
+type Assignment struct {
+	issuer.Entry
+	Agents []spiffeid.ID
+}
+
+// Server is the control plane's end. It is safe for concurrent use.
+type Server struct {
+	nodepb.UnimplementedNodeServer
+	config  Config
+	roots   *x509.CertPool
+	tokens  *Tokens
+	agents  *agents
+	limiter limiter
+
+	mu    sync.Mutex // for writers
+	state atomic.Pointer[state]
+	svid  atomic.Pointer[x509svid.SVID]
+}
+
+// state is what is in force. It is immutable, but for changed, which is closed when it no longer is.
+type state struct {
+	assigned map[spiffeid.ID]*assigned // by agent; nil: not known yet, and nobody is told anything
+	source   issuer.Bundles
+	bundles  bundles
+	changed  chan struct{}
+}
+
+// Open reads what the folder keeps. The server entitles nobody until Set and SetBundles.
+func Open(c Config) (*Server, error) {
+	if c.TTL == 0 {
+		c.TTL = time.Hour
+	}
+	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("open state of agents: %w", err)
+	}
+	tokens, err := openTokens(filepath.Join(c.Dir, "join-tokens.json"), c.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	agents, err := openAgents(filepath.Join(c.Dir, "agents.json"))
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{config: c, tokens: tokens, agents: agents}
+	if len(c.X509POP) > 0 {
+		s.roots = x509.NewCertPool()
+		for _, ca := range c.X509POP {
+			s.roots.AddCert(ca)
+		}
+	}
+	s.state.Store(&state{changed: make(chan struct{})})
+	return s, nil
+}
+
+// Tokens returns the server's join tokens.
+func (s *Server) Tokens() *Tokens { return s.tokens }
+
+// Set puts assignments in force in place of those before. Entries that name what only agents and the control plane may
+// be, or another trust domain, are left out and logged.
+func (s *Server) Set(assignments []Assignment) {
+	all := make(map[spiffeid.ID]*assigned)
+	for _, a := range assignments {
+		if nodepb.Reserved(a.ID) || !a.ID.MemberOf(s.config.TrustDomain) {
+			s.config.Log.Error("entry not assigned: no workload may be this", "caller", a.ID.String())
+			continue
+		}
+		for _, id := range a.Agents {
+			if all[id] == nil {
+				all[id] = newAssigned()
+			}
+			all[id].add(a.Entry)
+		}
+	}
+	for _, a := range all {
+		a.seal()
+	}
+	s.change(func(st *state) { st.assigned = all })
+}
+
+// SetBundles does the same for the bundles.
+func (s *Server) SetBundles(b issuer.Bundles) {
+	marshaled, err := marshalBundles(b)
+	if err != nil {
+		s.config.Log.Error("bundles not sent to agents", "error", err)
+		return
+	}
+	s.change(func(st *state) { st.source, st.bundles = b, marshaled })
+}
+
+// change replaces the state and wakes everybody who follows it; each looks for himself whether anything is different.
+func (s *Server) change(edit func(*state)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := s.state.Load()
+	next := *before
+	edit(&next)
+	next.changed = make(chan struct{})
+	s.state.Store(&next)
+	close(before.changed)
+}
+
+// AgentInfo is what is known of an agent.
+type AgentInfo struct {
+	ID       spiffeid.ID
+	Attested string    // how: "join_token" or "x509pop"; empty if it never was
+	LastSeen time.Time // now, while it is connected
+	Expires  time.Time // the end of its X.509-SVID
+	Revoked  bool
+}
+
+// Agents lists the agents that were attested or revoked, by their IDs.
+func (s *Server) Agents() []AgentInfo { return s.agents.list(time.Now()) }
+
+// Revoke ends what an agent may do, now and for ever: its streams, its SVID's use here, and unused join tokens for it.
+// What its workloads hold ends when it would have. An agent that is not known yet is not attested later. On an error,
+// the agent is revoked for as long as this process runs.
+func (s *Server) Revoke(id spiffeid.ID) error {
+	if !id.MemberOf(s.config.TrustDomain) || !nodepb.IsAgent(id) {
+		return fmt.Errorf("revoke agent: %q is none of %s", id, s.config.TrustDomain)
+	}
+	err := errors.Join(s.agents.revoke(id, time.Now()), s.tokens.drop(id))
+	s.config.Log.Warn("agent revoked", "agent", id.String(), "error", err)
+	if err != nil {
+		return fmt.Errorf("revoke agent: %w", err)
+	}
+	return nil
+}
+
+// Run serves agents on a listener, which it closes, until the context ends.
+func (s *Server) Run(ctx context.Context, l net.Listener) error {
+	server := grpc.NewServer(
+		grpc.Creds(credentials.NewTLS(s.tlsConfig())),
+		grpc.ConnectionTimeout(10*time.Second),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: time.Minute, Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+	)
+	nodepb.RegisterNodeServer(server, s)
+	ctx, cancel := context.WithCancel(ctx)
+	var group sync.WaitGroup
+	defer group.Wait()
+	defer cancel()
+	tried := make(chan struct{})
+	group.Go(func() { s.keepSVID(ctx, sync.OnceFunc(func() { close(tried) })) })
+	group.Go(func() {
+		<-ctx.Done()
+		server.Stop() // its streams stay open: they would not end by themselves
+	})
+	<-tried // whoever came before would be turned away
+	if err := server.Serve(newLimitListener(l, maxConnections)); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("serve agents: %w", err)
+	}
+	return nil
+}
+
+// keepSVID keeps the control plane's own SVID: renewed in time, and another one once agents no longer trust whoever
+// signed it. It says when it has tried to get the first one.
+func (s *Server) keepSVID(ctx context.Context, tried func()) {
+	defer tried()
+	var wallet issuer.Wallet
+	self := []issuer.Entry{{ID: nodepb.ControlPlane(s.config.TrustDomain), TTL: s.config.TTL}}
+	for {
+		st := s.state.Load()
+		if own := st.source.Own; own != nil && s.svid.Load() != nil {
+			if _, err := identity.Verify(s.svid.Load().Certificates, own.X509Bundle(), time.Now()); err != nil {
+				wallet = issuer.Wallet{}
+			}
+		}
+		var due <-chan time.Time
+		switch changed, err := wallet.Renew(ctx, s.config.Certifier, self); {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			s.config.Log.Error("no identity for the control plane", "error", err)
+			due = time.After(retrySVID) // the wallet's own time may be past
+		case changed:
+			s.svid.Store(wallet.SVIDs()[0])
+			fallthrough
+		default:
+			due = wallet.Due()
+		}
+		tried()
+		select {
+		case <-ctx.Done():
+			return
+		case <-st.changed:
+		case <-due:
+		}
+	}
+}
+
+// tlsConfig asks every client for a certificate and believes none: who it is of is decided at each call, by what is
+// true then. The handshake proves that the client has the certificate's key.
+func (s *Server) tlsConfig() *tls.Config {
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		ClientAuth:             tls.RequestClientCert,
+		SessionTicketsDisabled: true,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			svid := s.svid.Load()
+			if svid == nil {
+				return nil, errors.New("the control plane has no identity yet")
+			}
+			return certificate(svid), nil
+		},
+	}
+}
+
+func certificate(svid *x509svid.SVID) *tls.Certificate {
+	c := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: svid.Certificates[0]}
+	for _, cert := range svid.Certificates {
+		c.Certificate = append(c.Certificate, cert.Raw)
+	}
+	return c
+}
