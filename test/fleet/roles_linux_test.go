@@ -1,0 +1,103 @@
+package fleet
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+)
+
+// roleVariable makes this test program one of the programs that run on the machines.
+const roleVariable = "SALLYPORT_FLEET_ROLE"
+
+// answer is one line of an application's output.
+type answer struct {
+	Gateway string    `json:"gateway"`
+	At      time.Time `json:"at"`
+	Status  int       `json:"status"` // 0: none came
+	Error   string    `json:"error,omitempty"`
+	Serial  string    `json:"serial"` // of the SVID that it has
+}
+
+// play runs a role. Its arguments stand in the variable, behind its name.
+func play(role string) int {
+	args := strings.Fields(role)
+	ctx := context.Background()
+	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+args[1])))
+	if err == nil {
+		switch args[0] {
+		case "backend":
+			err = backend(source, args[2])
+		case "app":
+			err = application(source, args[2], args[3:])
+		}
+	}
+	fmt.Fprintln(os.Stderr, args[0], "ended:", err)
+	return 1
+}
+
+// backend is a model server that speaks to the gateways only.
+func backend(source *workloadapi.X509Source, address string) error {
+	gateways := tlsconfig.AdaptMatcher(func(id spiffeid.ID) error {
+		if !strings.HasPrefix(id.Path(), "/gateway/") {
+			return fmt.Errorf("%s is no gateway", id)
+		}
+		return nil
+	})
+	server := http.Server{
+		Addr: address,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			w.Header().Set("content-type", "application/json")
+			_, _ = io.WriteString(w, `{"object":"chat.completion","usage":{"prompt_tokens":1,"completion_tokens":2}}`)
+		}),
+		TLSConfig:         tlsconfig.MTLSServerConfig(source, source, gateways),
+		ReadHeaderTimeout: time.Minute,
+	}
+	return server.ListenAndServeTLS("", "")
+}
+
+// application asks through each gateway in turn, for ever, and says what came of it.
+func application(source *workloadapi.X509Source, host string, gateways []string) error {
+	clients := map[string]*http.Client{}
+	for _, gateway := range gateways {
+		name, address, _ := strings.Cut(gateway, "=")
+		config := tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(spiffeid.RequireFromString("spiffe://example.org/gateway/"+name)))
+		config.ServerName = host
+		clients[name] = &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+			DialTLSContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+				return (&tls.Dialer{Config: config}).DialContext(ctx, network, address)
+			},
+		}}
+	}
+	out := json.NewEncoder(os.Stdout)
+	for tick := time.Tick(100 * time.Millisecond); ; <-tick {
+		for name, client := range clients {
+			a := answer{Gateway: name, At: time.Now()}
+			if svid, err := source.GetX509SVID(); err == nil {
+				a.Serial = svid.Certificates[0].SerialNumber.Text(16)
+			}
+			resp, err := client.Post("https://"+host+"/v1/chat/completions", "application/json", strings.NewReader(`{"model":"m"}`))
+			if err != nil {
+				a.Error = err.Error()
+			} else {
+				_, _ = io.Copy(io.Discard, resp.Body)
+				resp.Body.Close()
+				a.Status = resp.StatusCode
+			}
+			if err := out.Encode(a); err != nil {
+				return err
+			}
+		}
+	}
+}
