@@ -61,17 +61,20 @@ func (e *edge) run(ctx context.Context, errOut io.Writer) error {
 	if err != nil {
 		return usage("a trust domain looks like example.org", "--trust-domain: %w", err)
 	}
+	if e.name == "" {
+		return usage("give the name of its Gateway document, as in --name edge", "--name is missing")
+	}
 	own, err := spiffeid.FromSegments(td, "gateway", e.name)
 	if err != nil {
-		return usage("give the name of the Gateway document with --name", "--name: %w", err)
+		return usage("give the name of its Gateway document, as in --name edge", "--name: %w", err)
 	}
 	plane, err := spiffeid.FromSegments(td, "controlplane")
 	if err != nil {
 		return fmt.Errorf("name the control plane: %w", err)
 	}
-	address, err := addressOf(e.controlPlane)
+	address, err := addressFlag("--control-plane", e.controlPlane, "plane.internal:9444")
 	if err != nil {
-		return usage("as in --control-plane plane.internal:9444", "--control-plane: %w", err)
+		return err
 	}
 	socket, ok := strings.CutPrefix(e.identity, "unix://")
 	if !ok || !filepath.IsAbs(socket) {
@@ -117,4 +120,16 @@ func addressOf(s string) (segment.Address, error) {
 		return segment.Address{}, fmt.Errorf("%q is no host and port", s)
 	}
 	return segment.Address{Host: host, Port: uint16(n)}, nil
+}
+
+// addressFlag reads the host and the port of a flag that must be given.
+func addressFlag(flag, value, example string) (segment.Address, error) {
+	if value == "" {
+		return segment.Address{}, usage("as in "+flag+" "+example, "%s is missing", flag)
+	}
+	a, err := addressOf(value)
+	if err != nil {
+		return a, usage("as in "+flag+" "+example, "%s: %w", flag, err)
+	}
+	return a, nil
 }

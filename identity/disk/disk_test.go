@@ -429,7 +429,7 @@ func TestKeys(t *testing.T) {
 	var log bytes.Buffer
 	slog.New(slog.NewTextHandler(&log, nil)).Info("key", "key", k, "config", disk.Config{Key: k})
 	slog.New(slog.NewJSONHandler(&log, nil)).Info("key", "key", k, "pointer", &k)
-	out, _ := json.Marshal(k)
+	out, _ := json.Marshal(map[string]any{"key": k})
 	fmt.Fprintf(&log, "%v %+v %#v %s %q %x %s", k, k, k, k, k, k, out)
 	if strings.Contains(log.String(), "secret") || strings.Contains(log.String(), "736563726574") || strings.Contains(log.String(), "115 101 99") {
 		t.Errorf("tells the key: %s", &log)

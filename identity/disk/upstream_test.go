@@ -197,7 +197,7 @@ func TestUpstreamRefused(t *testing.T) {
 		"for clients":     {with(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }), "upstream-invalid"},
 		"for others":      {with(func(c *x509.Certificate) { c.PermittedURIDomains = []string{"other.org"} }), "upstream-invalid"},
 		"not for us":      {with(func(c *x509.Certificate) { c.ExcludedURIDomains = []string{"example.org"} }), "upstream-invalid"},
-		"ends in seconds": {with(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(time.Second) }), "upstream-invalid"},
+		"ends in seconds": {with(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(2 * time.Second) }), "upstream-invalid"},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {

@@ -85,7 +85,9 @@ type running struct {
 	done chan struct{}
 }
 
-func (f *fleet) path(parts ...string) string { return filepath.Join(append([]string{f.dir}, parts...)...) }
+func (f *fleet) path(parts ...string) string {
+	return filepath.Join(append([]string{f.dir}, parts...)...)
+}
 
 // start starts a program on a machine.
 func (f *fleet) start(host, name string, args ...string) *running {
