@@ -43,11 +43,12 @@ type build struct{ name, path string }
 
 // Report is everything that was measured. Times are in microseconds of CPU per request, and as said.
 type Report struct {
-	Loads   []*Result `json:"loads"`
-	Grants  []*Result `json:"grants"`
-	Changes []*Change `json:"changes"`
-	Stages  []*Stages `json:"stages"`
-	Catalog []*Result `json:"catalog"`
+	Loads    []*Result `json:"loads"`
+	Grants   []*Result `json:"grants"`
+	Changes  []*Change `json:"changes"`
+	Stages   []*Stages `json:"stages"`
+	Catalog  []*Result `json:"catalog"`
+	Identity *Identity `json:"identity"`
 }
 
 func main() {
@@ -69,7 +70,7 @@ func run(ctx context.Context) error {
 	flag.DurationVar(&o.sample, "sample", 400*time.Millisecond, "length of a sample")
 	flag.StringVar(&o.envoy, "envoy", os.Getenv("ENVOY"), "path of Envoy; empty: from PATH or .parts/bin")
 	flag.StringVar(&o.loads, "loads", "", "only loads whose name contains this")
-	flag.StringVar(&o.only, "only", "", "only this part: loads, grants, stages or catalog")
+	flag.StringVar(&o.only, "only", "", "only this part: loads, grants, stages, catalog or identity")
 	flag.Func("build", "NAME=PATH of a sallyport to measure, instead of one built from this tree; may be repeated", func(s string) error {
 		name, path, ok := strings.Cut(s, "=")
 		if !ok {
@@ -153,7 +154,7 @@ func (b *bench) all(ctx context.Context) (*Report, error) {
 	for _, part := range []struct {
 		name string
 		run  func(context.Context, *Report) error
-	}{{"loads", b.measureLoads}, {"catalog", b.measureCatalog}, {"grants", b.measureGrants}, {"stages", b.measureStages}} {
+	}{{"loads", b.measureLoads}, {"catalog", b.measureCatalog}, {"grants", b.measureGrants}, {"stages", b.measureStages}, {"identity", b.measureIdentity}} {
 		if b.only != "" && b.only != part.name {
 			continue
 		}
