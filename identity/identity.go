@@ -11,8 +11,11 @@ package identity
 import (
 	"crypto"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -25,6 +28,8 @@ type Authority struct {
 	td     spiffeid.TrustDomain
 	chain  []*x509.Certificate // the signing certificate first, the root last
 	signer crypto.Signer
+	// constrained says whether a certificate of the chain limits the names or the uses of those below it.
+	constrained bool
 }
 
 // NewAuthority checks that chain[0] is a signing certificate with the SPIFFE ID of a trust domain (X509-SVID 3.2),
@@ -44,7 +49,7 @@ func NewAuthority(chain []*x509.Certificate, signer crypto.Signer) (*Authority, 
 	if !holdsKey(signer, chain[0]) {
 		return nil, errors.New("use authority: the key is not the certificate's")
 	}
-	return &Authority{td: td, chain: chain, signer: signer}, nil
+	return &Authority{td: td, chain: chain, signer: signer, constrained: slices.ContainsFunc(chain, constrains)}, nil
 }
 
 // Parent certifies authorities and nothing else. It may belong to no trust domain: an organisation's own CA is one. It
@@ -102,6 +107,12 @@ func checkChain(chain []*x509.Certificate, below int) error {
 		}
 	}
 	return nil
+}
+
+// constrains reports whether a certificate limits the names (RFC 5280, 4.2.1.10) or the uses (4.2.1.12) of those below it.
+func constrains(c *x509.Certificate) bool {
+	return len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) > 0 ||
+		slices.ContainsFunc(c.Extensions, func(e pkix.Extension) bool { return e.Id.Equal(asn1.ObjectIdentifier{2, 5, 29, 30}) })
 }
 
 func holdsKey(signer crypto.Signer, c *x509.Certificate) bool {

@@ -158,7 +158,7 @@ func TestSignedIsVerified(t *testing.T) {
 		if leaf.NotAfter.Sub(now) > r.TTL {
 			t.Fatalf("lives %s, longer than %s", leaf.NotAfter.Sub(now), r.TTL)
 		}
-		at := identity.RotateAt(leaf.NotBefore, leaf.NotAfter)
+		at := identity.RenewAt(leaf)
 		if !at.After(now) || !at.Before(leaf.NotAfter) {
 			t.Fatalf("rotates at %s, made at %s, ends %s", at, now, leaf.NotAfter)
 		}

@@ -92,6 +92,7 @@ type JWTRequest struct {
 	ID       spiffeid.ID   // a workload of the authority's trust domain
 	Audience []string      // see CheckAudience
 	TTL      time.Duration // from MinTTL to MaxJWTLifetime; cut short where the authority ends earlier
+	Issuer   string        // URL of the OpenID provider that publishes the keys (OpenID Connect Discovery 1.0, 3); "": none
 }
 
 // CheckAudience refuses what an audience claim can't be made of (JWT-SVID 3.2): it has 1 to 16 values of 1 to 2048
@@ -116,8 +117,8 @@ func CheckAudience(audience []string) error {
 	return nil
 }
 
-// Sign returns a JWT-SVID in its compact form (JWT-SVID 5.1): header alg, kid and typ (2), claims sub, aud, exp and
-// iat (3). It never outlives the authority, and is validated before it is returned.
+// Sign returns a JWT-SVID in its compact form (JWT-SVID 5.1): header alg, kid and typ (2), claims sub, aud, exp,
+// iat (3) and, if there is an issuer, iss. It never outlives the authority, and is validated before it is returned.
 func (a *JWTAuthority) Sign(r JWTRequest, now time.Time) (string, error) {
 	switch {
 	case !r.ID.MemberOf(a.td):
@@ -144,12 +145,16 @@ func (a *JWTAuthority) Sign(r JWTRequest, now time.Time) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("sign JWT-SVID: %w", err)
 	}
-	token, err := jwt.Signed(signer).Claims(map[string]any{
+	claims := map[string]any{
 		"sub": r.ID.String(),
 		"aud": r.Audience, // a list, also of one: so does SPIRE, and that is what validators were tried with
 		"exp": expiry.Unix(),
 		"iat": now.Unix(),
-	}).Serialize()
+	}
+	if r.Issuer != "" {
+		claims["iss"] = r.Issuer
+	}
+	token, err := jwt.Signed(signer).Claims(claims).Serialize()
 	if err != nil {
 		return "", fmt.Errorf("sign JWT-SVID: %w", err)
 	}

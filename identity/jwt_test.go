@@ -71,6 +71,21 @@ func part(t *testing.T, token string, n int) map[string]any {
 	return said
 }
 
+func TestJWTIssuer(t *testing.T) {
+	a := newJWTAuthority(t, time.Hour)
+	for _, issuer := range []string{"", "https://identity.example.org/", "https://identity.example.org/a"} {
+		r := identity.JWTRequest{ID: app, Audience: []string{"db"}, TTL: time.Minute, Issuer: issuer}
+		claims := part(t, sign(t, a, r, start), 1)
+		if got, there := claims["iss"]; there != (issuer != "") || there && got != issuer {
+			t.Errorf("issuer %q: %v", issuer, claims)
+		}
+	}
+	r := identity.JWTRequest{ID: app, Audience: []string{"db"}, TTL: time.Minute, Issuer: strings.Repeat("x", 20<<10)}
+	if token, err := a.Sign(r, start); err == nil || token != "" {
+		t.Error("signed what nobody accepts")
+	}
+}
+
 func TestJWTAlgorithms(t *testing.T) {
 	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
 	if err != nil {

@@ -31,7 +31,9 @@ func SelfSign(template *x509.Certificate, key crypto.Signer) (*Authority, error)
 
 // Sign certifies that the holder of the public key's private key is who the template says. It returns the chain that
 // the holder presents: the leaf first, then the authorities below the root. Whatever the template says, the result is
-// verified before it is returned.
+// looked at before it is returned, as one who verifies it will: a leaf of this trust domain that is valid as long as it
+// lives. Signatures are not computed again, which would take most of the time: crypto/x509 has just done so with the
+// leaf's, and NewAuthority with the others. Where authorities constrain names, all is verified.
 func (a *Authority) Sign(template *x509.Certificate, pub crypto.PublicKey, now time.Time) ([]*x509.Certificate, error) {
 	der, err := x509.CreateCertificate(rand.Reader, template, a.chain[0], pub, a.signer)
 	if err != nil {
@@ -42,7 +44,12 @@ func (a *Authority) Sign(template *x509.Certificate, pub crypto.PublicKey, now t
 		return nil, fmt.Errorf("sign SVID: %w", err)
 	}
 	chain := slices.Concat([]*x509.Certificate{leaf}, a.chain[:len(a.chain)-1])
-	if _, err := Verify(chain, a.Bundle(), now); err != nil {
+	if a.constrained {
+		_, err = Verify(chain, a.Bundle(), now)
+	} else {
+		err = a.conforms(leaf, now)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("sign SVID: %w", err)
 	}
 	if from, to := validity(a.chain); leaf.NotBefore.Before(from) || leaf.NotAfter.After(to) {
@@ -109,20 +116,51 @@ func Verify(chain []*x509.Certificate, bundles x509bundle.Source, now time.Time)
 	if err != nil {
 		return spiffeid.ID{}, fmt.Errorf("verify SVID: %w", err)
 	}
-	leaf := chain[0]
+	if err := isLeaf(id, chain[0]); err != nil {
+		return spiffeid.ID{}, fmt.Errorf("verify SVID: %w", err)
+	}
+	return id, nil
+}
+
+// isLeaf refuses what no leaf may say, or does not say what each must (X509-SVID 4.3, 4.4).
+func isLeaf(id spiffeid.ID, leaf *x509.Certificate) error {
 	switch {
 	case id.Path() == "":
-		return spiffeid.ID{}, fmt.Errorf("verify SVID: %s is a trust domain, not a workload", id)
+		return fmt.Errorf("%s is a trust domain, not a workload", id)
 	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
-		return spiffeid.ID{}, errors.New("verify SVID: key usage lacks digitalSignature")
+		return errors.New("key usage lacks digitalSignature")
 	case !slices.ContainsFunc(leaf.Extensions, isCriticalKeyUsage):
-		return spiffeid.ID{}, errors.New("verify SVID: key usage is not critical")
+		return errors.New("key usage is not critical")
 	case len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) > 0 &&
 		(!slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageServerAuth) ||
 			!slices.Contains(leaf.ExtKeyUsage, x509.ExtKeyUsageClientAuth)):
-		return spiffeid.ID{}, errors.New("verify SVID: extended key usage lacks serverAuth or clientAuth")
+		return errors.New("extended key usage lacks serverAuth or clientAuth")
 	}
-	return id, nil
+	return nil
+}
+
+// conforms is Verify of what was just signed, but for the signatures.
+func (a *Authority) conforms(leaf *x509.Certificate, now time.Time) error {
+	id, err := x509svid.IDFromCert(leaf)
+	if err != nil {
+		return err
+	}
+	switch {
+	case now.IsZero(): // as Verify
+		return errors.New("no time given")
+	case !id.MemberOf(a.td):
+		return fmt.Errorf("%s is not in trust domain %s", id, a.td)
+	case leaf.IsCA || leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
+		return errors.New("it could sign others")
+	case now.Before(leaf.NotBefore) || now.After(leaf.NotAfter):
+		return errors.New("it is not valid now")
+	case len(leaf.UnhandledCriticalExtensions) > 0:
+		return errors.New("it has a critical extension that nobody knows")
+	}
+	if err := a.Check(now); err != nil {
+		return err
+	}
+	return isLeaf(id, leaf)
 }
 
 // isCriticalKeyUsage recognises the key usage extension (RFC 5280 4.2.1.3) where it is marked critical.

@@ -115,11 +115,6 @@ func (p *Parent) IntermediateTemplate(td spiffeid.TrustDomain, life time.Duratio
 	return t, nil
 }
 
-// RotateAt is the middle of a certificate's life.
-func RotateAt(notBefore, notAfter time.Time) time.Time {
-	return notBefore.Add(notAfter.Sub(notBefore) / 2)
-}
-
 // RenewAt is when a certificate should be replaced: at half its life, more or less a tenth of it, by its serial number.
 // Many that were issued at once are so not replaced at once; and whoever asks again gets the same answer.
 func RenewAt(c *x509.Certificate) time.Time {

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -54,9 +54,12 @@ Workload API and SDS to the workloads that documents say may run here. Keys are 
 While the control plane is away it goes on with what it has, and renews as soon as it can.
 
 The join token is read from --join-token-file, or from $SALLYPORT_JOIN_TOKEN.`,
-		Example: "  sallyport agent --control-plane plane.internal:9443 --trust-bundle bundle.pem --join-token-file token",
-		Args:    noArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return h.run(cmd.Context(), cmd.ErrOrStderr()) },
+		Example: `  sallyport agent --control-plane plane.internal:9443 --trust-bundle bundle.pem --join-token-file token
+  sallyport agent --control-plane plane.internal:9443 --trust-bundle bundle.pem --join-token-file token \
+    --connect 127.0.0.1:8080 --gateway edge.internal:8443 --gateway-name edge --endpoint chat=chat.models.internal
+  curl http://127.0.0.1:8080/chat/v1/models`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return h.run(cmd.Context(), cmd.ErrOrStderr()) },
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&h.controlPlane, "control-plane", "", "`HOST:PORT` at which the control plane has its --agent-listen (needed)")
@@ -71,6 +74,7 @@ The join token is read from --join-token-file, or from $SALLYPORT_JOIN_TOKEN.`,
 	flags.StringVar(&h.gateway, "gateway", "", "`HOST:PORT` of the gateway that --connect leads to")
 	flags.StringVar(&h.gatewayName, "gateway-name", "", "`NAME` of that gateway: whom it must prove to be")
 	flags.StringToStringVar(&h.endpoints, "endpoint", nil, "`NAME=HOSTNAME` of an endpoint that --connect serves below /NAME; may be repeated")
+	flags.Lookup("endpoint").DefValue = "" // help would show [] as a default
 	logFlag(flags, &h.logFormat)
 	return cmd
 }
@@ -85,6 +89,10 @@ func (h *host) run(ctx context.Context, errOut io.Writer) error {
 		return err
 	}
 	c.Log = log
+	gateway, err := h.gatewayOf()
+	if err != nil {
+		return err
+	}
 	state, err := openState(h.state)
 	if err != nil {
 		return err
@@ -93,9 +101,11 @@ func (h *host) run(ctx context.Context, errOut io.Writer) error {
 	c.Dir = filepath.Join(state.dir, "agent")
 	a := agent.New(c)
 	identities := issuer.New(issuer.Config{Certifier: a, Attest: forward.Selectors})
-	forwarder, err := h.forwarder(ctx, identities, log)
-	if err != nil {
-		return err
+	forwarder := &forward.Forwarder{Source: identities, Gateway: gateway, Log: log}
+	if gateway != nil {
+		if forwarder.Listener, err = h.listen(ctx); err != nil {
+			return err
+		}
 	}
 	socket, err := listenUnix(h.workload, 0o777, 0o755, "name another path with --workload-socket")
 	if err != nil {
@@ -106,14 +116,8 @@ func (h *host) run(ctx context.Context, errOut io.Writer) error {
 	workloadapi.Register(server, identities)
 	sds.Register(server, identities, log)
 	serveGRPC(ctx, group, server, socket)
-	group.Go(func() error {
-		err := a.Run(ctx, identities)
-		if errors.Is(err, agent.ErrRevoked) {
-			return failed("ask whoever runs the control plane; `sallyport agents` lists the revoked ones there", "%w", err)
-		}
-		return err
-	})
-	if forwarder != nil {
+	group.Go(func() error { return h.ended(a.Run(ctx, identities)) })
+	if gateway != nil {
 		group.Go(func() error { return forwarder.Run(ctx) })
 	}
 	log.Info("agent started", "control_plane", h.controlPlane, "trust_domain", h.trustDomain, "workload_socket", h.workload, "state", h.state)
@@ -122,43 +126,79 @@ func (h *host) run(ctx context.Context, errOut io.Writer) error {
 	return err
 }
 
-// forwarder is for applications that know nothing of TLS; nil: none is asked for.
-func (h *host) forwarder(ctx context.Context, identities *issuer.Issuer, log *slog.Logger) (*forward.Forwarder, error) {
+// ended adds to what the agent ended with what can be done about it.
+func (h *host) ended(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, agent.ErrRevoked):
+		return failed("ask whoever runs the control plane; `sallyport agents` lists the revoked ones there", "%w", err)
+	case strings.HasPrefix(err.Error(), "attest agent: "):
+		hint := "`sallyport token create --node NAME`, where the control plane runs, makes a new token: give it with --join-token-file"
+		if h.x509Cert != "" {
+			hint = "the control plane's --x509pop-ca must have the authority of this machine's certificate"
+		}
+		if _, missing := os.Stat(h.tokenFile); h.tokenFile != "" && missing != nil {
+			hint += "; there is no file " + h.tokenFile
+		}
+		return failed(hint, "%w", err)
+	case h.trustBundle == "" && strings.Contains(err.Error(), "there is no bundle"):
+		return failed("give what `sallyport ca export` prints where the control plane runs, with --trust-bundle", "%w", err)
+	}
+	return err
+}
+
+// gatewayOf returns where --connect leads to; nil if it is not asked for.
+func (h *host) gatewayOf() (func(endpoint string) (forward.Target, bool), error) {
 	if h.connect == "" {
+		if h.gateway != "" || h.gatewayName != "" || len(h.endpoints) > 0 {
+			return nil, usage("--gateway, --gateway-name and --endpoint say where it leads to, as in --connect 127.0.0.1:8080", "--connect is missing")
+		}
 		return nil, nil
 	}
-	if _, err := addressOf(h.gateway); err != nil {
-		return nil, usage("as in --gateway edge.internal:8443", "--gateway: %w", err)
+	if _, err := addressFlag("--gateway", h.gateway, "edge.internal:8443"); err != nil {
+		return nil, err
 	}
 	td, err := spiffeid.TrustDomainFromString(h.trustDomain)
 	if err != nil {
 		return nil, usage("a trust domain looks like example.org", "--trust-domain: %w", err)
 	}
+	if h.gatewayName == "" {
+		return nil, usage("give the name of its Gateway document, as in --gateway-name edge", "--gateway-name is missing")
+	}
 	id, err := spiffeid.FromSegments(td, "gateway", h.gatewayName)
 	if err != nil {
-		return nil, usage("give the name of its Gateway document with --gateway-name", "--gateway-name: %w", err)
+		return nil, usage("give the name of its Gateway document, as in --gateway-name edge", "--gateway-name: %w", err)
 	}
 	if len(h.endpoints) == 0 {
-		return nil, usage("as in --endpoint chat=chat.models.internal", "--connect leads nowhere: --endpoint is missing")
+		return nil, usage("as in --endpoint chat=chat.models.internal", "--endpoint is missing: --connect leads nowhere")
 	}
-	f := &forward.Forwarder{Source: identities, Log: log, Gateway: func(endpoint string) (forward.Target, bool) {
+	return func(endpoint string) (forward.Target, bool) {
 		host, ok := h.endpoints[endpoint]
 		return forward.Target{Address: h.gateway, ServerName: host, ID: id}, ok
-	}}
+	}, nil
+}
+
+// listen opens what --connect names.
+func (h *host) listen(ctx context.Context) (net.Listener, error) {
 	if path, ok := strings.CutPrefix(h.connect, "unix://"); ok {
-		f.Listener, err = listenUnix(path, 0o777, 0o755, "name another path with --connect")
-		return f, err
+		return listenUnix(path, 0o777, 0o755, "name another path with --connect")
 	}
-	if f.Listener, err = forward.Listen(ctx, h.connect); err != nil {
-		return nil, failed("name another with --connect", "%w", err)
+	l, err := forward.Listen(ctx, h.connect)
+	var system *net.OpError
+	switch {
+	case errors.As(err, &system):
+		return nil, failed("name another port with --connect", "%w", err)
+	case err != nil:
+		return nil, usage("as in --connect 127.0.0.1:8080, or --connect unix:///run/sallyport/connect.sock", "--connect: %w", err)
 	}
-	return f, nil
+	return l, nil
 }
 
 // config reads what the flags name.
 func (h *host) config() (c agent.Config, err error) {
-	if _, err := addressOf(h.controlPlane); err != nil {
-		return c, usage("as in --control-plane plane.internal:9443", "--control-plane: %w", err)
+	if _, err := addressFlag("--control-plane", h.controlPlane, "plane.internal:9443"); err != nil {
+		return c, err
 	}
 	c.Addr = h.controlPlane
 	if c.TrustDomain, err = spiffeid.TrustDomainFromString(h.trustDomain); err != nil {
@@ -173,18 +213,21 @@ func (h *host) config() (c agent.Config, err error) {
 	if h.tokenFile != "" {
 		text, err := os.ReadFile(h.tokenFile)
 		if err != nil && !errors.Is(err, os.ErrNotExist) { // used once, it may be gone
-			return c, failed("", "read join token: %w", err)
+			return c, failed("--join-token-file names a file that the agent's user can read", "read join token: %w", err)
 		}
 		token = string(text)
 	}
 	c.JoinToken = nodepb.Token(strings.TrimSpace(token))
 	if (h.x509Cert == "") != (h.x509Key == "") {
-		return c, usage("they belong together", "--x509pop-cert and --x509pop-key: one is missing")
+		return c, usage("the certificate and its key belong together", "--x509pop-cert or --x509pop-key is missing")
 	}
 	if h.x509Cert != "" {
 		c.X509POP = func() (*tls.Certificate, error) {
 			pair, err := tls.LoadX509KeyPair(h.x509Cert, h.x509Key)
 			return &pair, err
+		}
+		if _, err := c.X509POP(); err != nil {
+			return c, failed("both are PEM files that the agent's user can read, and they belong together", "--x509pop-cert and --x509pop-key: %w", err)
 		}
 	}
 	return c, nil

@@ -8,10 +8,8 @@ import (
 
 	"github.com/spf13/pflag"
 
-	"sallyport.dev/controlplane"
 	"sallyport.dev/identity"
 	"sallyport.dev/identity/disk"
-	"sallyport.dev/identity/federation"
 	"sallyport.dev/identity/issuer"
 )
 
@@ -36,6 +34,7 @@ func (c *caFlags) key() (disk.Key, error) {
 		return disk.ReadKey(c.keyFile)
 	}
 	if text := os.Getenv("SALLYPORT_CA_KEY"); text != "" {
+		os.Unsetenv("SALLYPORT_CA_KEY") // Envoy would inherit it
 		return disk.NewKey([]byte(text), "$SALLYPORT_CA_KEY")
 	}
 	return disk.Key{}, nil
@@ -63,6 +62,7 @@ func (p *plane) openAuthority(ctx context.Context) error {
 func (p *plane) signs(a identity.Authorities) {
 	p.trust(func(to *issuer.Bundles) { to.Own = a.Bundle })
 	p.local.Set(a)
+	newest(p.own.changed, struct{}{})
 }
 
 // bundles is whom to trust now.
@@ -86,12 +86,4 @@ func (p *plane) trust(edit func(*issuer.Bundles)) {
 	if p.nodes != nil {
 		p.nodes.SetBundles(next)
 	}
-}
-
-// federated is the sink that says which trust domains are followed.
-type federated struct{ follower *federation.Follower }
-
-func (s federated) Publish(_ context.Context, g *controlplane.Generation) error {
-	s.follower.Set(g.Config.Federated)
-	return nil
 }

@@ -18,8 +18,10 @@ func controlplaneCommand() *cobra.Command {
 		Long: `Controlplane does what ` + "`sallyport up`" + ` does but for the gateway: it reads documents, issues identities to the agents of
 other machines, and programs gateways there. Each machine runs one ` + "`sallyport agent`" + `, and ` + "`sallyport gateway`" + ` where
 a Gateway document says so. All links are mTLS with SPIFFE IDs on both sides.`,
-		Example: "  sallyport controlplane -f documents/\n  sallyport token create --node host-a",
-		Args:    noArgs,
+		Example: `  sallyport controlplane -f documents/
+  sallyport ca export > bundle.pem             # for the agents: whom to believe
+  sallyport token create --node host-a > token # for one machine, once`,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return runControlplane(cmd.Context(), f, cmd.ErrOrStderr())
 		},
@@ -37,6 +39,11 @@ func runControlplane(ctx context.Context, f planeFlags, errOut io.Writer) error 
 	log, err := logger(f.logFormat, errOut)
 	if err != nil {
 		return err
+	}
+	for _, l := range [][2]string{{"--agent-listen", f.agentListen}, {"--gateway-listen", f.gatewayListen}} {
+		if _, err := addressOf(l[1]); l[1] != "" && err != nil {
+			return usage("give an address and a port, as in 0.0.0.0:9443, or none with "+l[0]+"=", "%s: %w", l[0], err)
+		}
 	}
 	p, err := newPlane(ctx, f, options, log)
 	if err != nil {

@@ -42,8 +42,14 @@ type door struct {
 	refused     func(gateway *segment.Gateway) (why error) // although it is in a document
 }
 
+// guest is a gateway that has come in, until its certificate ends.
+type guest struct {
+	*segment.Gateway
+	until time.Time
+}
+
 // gateway returns the gateway that a connection is: one of the generation in force, whose certificate is valid now.
-func (d *door) gateway(state *tls.ConnectionState) (*segment.Gateway, error) {
+func (d *door) gateway(state *tls.ConnectionState) (*guest, error) {
 	if state == nil || len(state.PeerCertificates) == 0 {
 		return nil, errors.New("a gateway needs a client certificate")
 	}
@@ -54,14 +60,14 @@ func (d *door) gateway(state *tls.ConnectionState) (*segment.Gateway, error) {
 	if g := d.plane.pipeline.State().Generation; g != nil {
 		for i := range g.Config.Gateways {
 			if gateway := &g.Config.Gateways[i]; gateway.ID == id && gateway.Node != "" {
-				return gateway, d.refused(gateway)
+				return &guest{gateway, state.PeerCertificates[0].NotAfter}, d.refused(gateway)
 			}
 		}
 	}
 	return nil, fmt.Errorf("%s is no gateway here", id)
 }
 
-func (d *door) caller(ctx context.Context) (*segment.Gateway, error) {
+func (d *door) caller(ctx context.Context) (*guest, error) {
 	if p, ok := peer.FromContext(ctx); ok {
 		if info, ok := p.AuthInfo.(credentials.TLSInfo); ok {
 			return d.gateway(&info.State)
@@ -134,11 +140,14 @@ func (d *door) handshake(raw [][]byte, _ [][]*x509.Certificate) error {
 
 // stream lets gateways only call, and believes none that reports as another.
 func (d *door) stream(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	name, err := d.name(ss.Context())
+	g, err := d.caller(ss.Context())
 	if err != nil {
 		return status.Error(codes.PermissionDenied, err.Error())
 	}
-	return next(srv, reportsAs{ss, name})
+	// What begins on a certificate ends with it; Envoy comes again with the next, and is sent only what is new.
+	ctx, cancel := context.WithDeadline(ss.Context(), g.until)
+	defer cancel()
+	return next(srv, &reportsAs{ServerStream: ss, ctx: ctx, door: d, name: g.Name})
 }
 
 func (d *door) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
@@ -148,18 +157,29 @@ func (d *door) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next
 	return next(ctx, req)
 }
 
-// reportsAs refuses access logs in another gateway's name.
+// reportsAs is a stream of a gateway, which may go on only while it is one, and refuses access logs in another's name.
 type reportsAs struct {
 	grpc.ServerStream
-	name segment.GatewayName
+	ctx   context.Context //nolint:containedctx // it is the stream's own
+	door  *door
+	name  segment.GatewayName
+	named bool // it has said who it is
 }
 
-func (s reportsAs) RecvMsg(m any) error {
+func (s *reportsAs) Context() context.Context { return s.ctx }
+
+func (s *reportsAs) RecvMsg(m any) error {
 	if err := s.ServerStream.RecvMsg(m); err != nil {
 		return err
 	}
-	if logs, ok := m.(*accesslogv3.StreamAccessLogsMessage); ok && logs.Identifier != nil && logs.Identifier.GetNode().GetId() != string(s.name) {
-		return status.Errorf(codes.PermissionDenied, "gateway %s reports as %q", s.name, logs.Identifier.GetNode().GetId())
+	if name, err := s.door.name(s.ServerStream.Context()); err != nil || name != s.name {
+		return status.Errorf(codes.PermissionDenied, "gateway %s is no longer one: %v", s.name, err)
+	}
+	if logs, ok := m.(*accesslogv3.StreamAccessLogsMessage); ok {
+		if id := logs.Identifier.GetNode().GetId(); id != string(s.name) && (logs.Identifier != nil || !s.named) {
+			return status.Errorf(codes.PermissionDenied, "gateway %s reports as %q", s.name, id)
+		}
+		s.named = true
 	}
 	return nil
 }
@@ -221,18 +241,24 @@ func (p *plane) serveFleet(ctx context.Context, group *errgroup.Group) {
 	if p.gatewayListener != nil {
 		d := &door{
 			plane:       p,
-			certificate: p.nodes.Certificate,
+			certificate: p.own.certificate,
 			bundles:     func() x509bundle.Source { return p.bundles.now().Own.X509Bundle() },
-			refused: func(g *segment.Gateway) error {
-				id, err := agentID(p.options.TrustDomain, g.Node)
-				if err == nil && p.nodes.Revoked(id) {
-					err = fmt.Errorf("the agent of gateway %s is revoked", g.Name)
-				}
-				return err
-			},
+			refused:     p.admissible,
 		}
 		d.serve(ctx, group, p.gatewayListener)
 	}
+}
+
+// admissible says why a gateway is refused although a document names it; nil: it is not.
+func (p *plane) admissible(g *segment.Gateway) error {
+	if g.Node == "" || p.nodes == nil {
+		return nil
+	}
+	id, err := agentID(p.options.TrustDomain, g.Node)
+	if err == nil && p.nodes.Revoked(id) {
+		err = fmt.Errorf("the agent of gateway %s is revoked", g.Name)
+	}
+	return err
 }
 
 // assignments is the sink that tells who may hold which identity on other machines.

@@ -89,6 +89,11 @@ func (e *edge) run(ctx context.Context, errOut io.Writer) error {
 		return err
 	}
 	defer state.close()
+	if c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket); err == nil {
+		c.Close()
+	} else { // Envoy is patient and says nothing
+		log.Warn("no agent is there yet: the gateway serves nobody until it comes", "identity", e.identity, "error", err)
+	}
 	admin := filepath.Join(state.run, "envoy.sock")
 	supervisor := &gateway.Supervisor{
 		Binary: binary, Folder: state.run, Concurrency: e.concurrency, Log: log,

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyport.dev/controlplane/operator"
+	"sallyport.dev/identity/federation"
 	"sallyport.dev/telemetry"
 	"sallyport.dev/telemetry/store"
 	"sallyport.dev/telemetry/view"
@@ -59,8 +60,18 @@ func writeStatus(w io.Writer, st operator.Status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "sallyport\t%s, up %s\n", st.Version, time.Since(st.Started).Round(time.Second))
 	fmt.Fprintf(t, "trust domain\t%s\n", st.TrustDomain)
-	fmt.Fprintf(t, "callers\thttps on %s\n", st.Listen)
-	fmt.Fprintf(t, "identities\tunix://%s\n", st.Workload)
+	for _, l := range []struct{ name, form, value string }{
+		{"callers", "https on %s", st.Listen},
+		{"identities", "unix://%s", st.Workload},
+		{"agents", "mTLS on %s", st.AgentListen},
+		{"gateways", "mTLS on %s", st.GatewayListen},
+		{"bundle", "https on %s, " + string(st.BundleProfile), st.BundleEndpoint},
+		{"issuer", "%s", st.OIDCIssuer},
+	} {
+		if l.value != "" {
+			fmt.Fprintf(t, "%s\t"+l.form+"\n", l.name, l.value)
+		}
+	}
 	if g := st.Generation; g != nil {
 		fmt.Fprintf(t, "generation\t%s: %s, %s, %s, made %s\n", g.Digest.Short(), count(g.Endpoints, "endpoint"),
 			count(g.Workloads, "workload"), count(g.Grants, "grant"), g.Made.Format(time.DateTime))
@@ -74,6 +85,12 @@ func writeStatus(w io.Writer, st operator.Status) error {
 		}
 		for _, r := range g.Rejected {
 			fmt.Fprintf(t, "\t  refused %s %s: %s\n", r.Type, strings.Join(r.Resources, ", "), r.Error)
+		}
+	}
+	for _, f := range st.Federation {
+		fmt.Fprintf(t, "federated %s\t%s, next %s\n", f.TrustDomain, federationState(f), moment(f.Next))
+		if f.Error != "" {
+			fmt.Fprintf(t, "\t  failed: %s\n", f.Error)
 		}
 	}
 	tel := st.Telemetry
@@ -95,6 +112,18 @@ func writeStatus(w io.Writer, st operator.Status) error {
 		fmt.Fprintf(w, "failure: %s\n", st.Failure)
 	}
 	return nil
+}
+
+// federationState says whom a trust domain's bundle authenticates, and since when it is known.
+func federationState(f federation.Status) string {
+	keys := count(f.Roots, "root") + ", " + count(f.JWTKeys, "JWT key")
+	if f.Roots+f.JWTKeys == 0 {
+		keys = "nobody is trusted"
+	}
+	if f.LastSuccess.IsZero() {
+		return keys + ", never fetched"
+	}
+	return keys + ", fetched " + moment(f.LastSuccess)
 }
 
 func held(c store.Count) int { return int(c.Rows) + c.Waiting }

@@ -6,8 +6,10 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -50,6 +52,7 @@ type planeFlags struct {
 	gatewayListen string
 	x509pop       string // path of the authorities that attest machines; empty: none
 	ca            caFlags
+	federation    federationFlags
 }
 
 func (f *planeFlags) add(flags *pflag.FlagSet) {
@@ -61,6 +64,7 @@ func (f *planeFlags) add(flags *pflag.FlagSet) {
 	flags.StringVar(&f.gatewayListen, "gateway-listen", f.gatewayListen, "`ADDRESS` and port on which gateways of other machines are programmed; empty: nowhere")
 	flags.StringVar(&f.x509pop, "x509pop-ca", "", "`PATH` of the authorities (PEM) whose certificates attest machines")
 	f.ca.add(flags)
+	f.federation.add(flags)
 	logFlag(flags, &f.logFormat)
 }
 
@@ -87,6 +91,7 @@ type plane struct {
 
 	keeper     *disk.Keeper
 	local      *issuer.Local // signs with what the keeper has
+	own        *ownSVID
 	identities *issuer.Issuer
 	trusting   sync.Mutex
 	bundles    bundles
@@ -105,6 +110,8 @@ type plane struct {
 	nodes           *node.Server
 	agentListener   net.Listener
 	gatewayListener net.Listener
+	bundleListener  net.Listener
+	bundleServer    *http.Server
 }
 
 // newPlane opens what a control plane needs, and starts nothing.
@@ -114,6 +121,9 @@ func newPlane(ctx context.Context, f planeFlags, options v1alpha1.Options, log *
 	}
 	if _, err := os.Stat(f.documents); err != nil {
 		return nil, failed("make the folder first; it may be empty, and then everything is denied", "read documents: %w", err)
+	}
+	if err := f.federation.check(); err != nil {
+		return nil, err
 	}
 	state, err := openState(f.state)
 	if err != nil {
@@ -128,12 +138,14 @@ func newPlane(ctx context.Context, f planeFlags, options v1alpha1.Options, log *
 }
 
 func (p *plane) open(ctx context.Context) error {
-	p.local = &issuer.Local{}
+	p.local = &issuer.Local{Issuer: p.federation.issuer}
+	p.own = p.newOwnSVID()
 	p.identities = issuer.New(issuer.Config{Certifier: p.local, Attest: attest.Selectors})
 	var err error
 	if err = p.openAuthority(ctx); err != nil {
 		return err
 	}
+	p.own.renew(ctx) // so that whoever comes first finds one
 	p.follower, err = federation.New(federation.Config{
 		TrustDomain: p.options.TrustDomain, Own: func() *spiffebundle.Bundle { return p.bundles.now().Own },
 		Dir: filepath.Join(p.state.dir, "federation"), Log: p.log,
@@ -157,7 +169,7 @@ func (p *plane) open(ctx context.Context) error {
 	p.documents = make(chan v1alpha1.Snapshot)
 	p.pipeline = &controlplane.Pipeline{
 		Options: p.options, Documents: p.documents, Names: names, Log: p.log,
-		Sinks: []controlplane.Sink{federated{p.follower}, published{p.gateways}, p.lists},
+		Sinks: []controlplane.Sink{federated{p.follower}, published{p}, p.lists},
 	}
 	if p.operatorSocket, err = p.state.listen("operator.sock"); err != nil {
 		return err
@@ -166,6 +178,9 @@ func (p *plane) open(ctx context.Context) error {
 		if p.otlpListener, err = net.Listen("tcp", p.otlp); err != nil {
 			return failed("name another with --otlp-listen, or none with --otlp-listen=", "receive spans: %w", err)
 		}
+	}
+	if err := p.openBundleEndpoint(); err != nil {
+		return err
 	}
 	return p.openFleet()
 }
@@ -199,10 +214,13 @@ func (p *plane) run(ctx context.Context, about operator.About, start func(group 
 	defer stopServing()
 
 	about.Version, about.Started, about.TrustDomain = version(), time.Now(), p.options.TrustDomain
+	about.AgentListen, about.GatewayListen = p.agentListen, p.gatewayListen
+	p.federation.about(&about)
 	serveHTTP(serving, group, (&operator.Server{
-		About: about, Pipeline: p.pipeline, Gateways: p.gateways, Store: p.records, Actions: p.actions(),
+		About: about, Pipeline: p.pipeline, Gateways: p.gateways, Federation: p.follower, Store: p.records, Actions: p.actions(),
 	}).Handler(), p.operatorSocket)
 	group.Go(func() error { return p.keeper.Run(serving) })
+	group.Go(func() error { return p.own.Run(serving) })
 	group.Go(func() error { return p.follower.Run(serving) })
 	if p.otlpListener != nil {
 		applications := grpc.NewServer()
@@ -210,6 +228,7 @@ func (p *plane) run(ctx context.Context, about operator.About, start func(group 
 			Source: telemetry.FromApplication, Spans: p.records}))
 		serveGRPC(serving, group, applications, p.otlpListener)
 	}
+	p.serveBundleEndpoint(serving, group)
 	p.serveFleet(serving, group)
 	storeCtx, storeStop := context.WithCancel(context.WithoutCancel(ctx))
 	storeDone := make(chan struct{})
@@ -253,16 +272,30 @@ func newest[T any](c chan T, v T) {
 }
 
 // published is the sink that tells the gateways.
-type published struct{ gateways *xds.Server }
+type published struct{ plane *plane }
 
 func (s published) Publish(ctx context.Context, g *controlplane.Generation) error {
 	for name, r := range g.Resources {
-		if err := s.gateways.Publish(ctx, name, string(g.Digest), r); err != nil {
+		if err := s.plane.gateways.Publish(ctx, name, string(g.Digest), r); err != nil {
 			return fmt.Errorf("tell gateway %s: %w", name, err)
 		}
 	}
-	s.gateways.Keep(func(name segment.GatewayName) bool { return g.Resources[name] != nil })
+	s.plane.keep(g)
 	return nil
+}
+
+// keep ends the streams of gateways that no document names, or whose agent is revoked.
+func (p *plane) keep(g *controlplane.Generation) {
+	p.gateways.Keep(func(name segment.GatewayName) bool {
+		i := slices.IndexFunc(g.Config.Gateways, func(known segment.Gateway) bool { return known.Name == name })
+		return i >= 0 && p.admissible(&g.Config.Gateways[i]) == nil
+	})
+}
+
+func (p *plane) keepGateways() {
+	if g := p.pipeline.State().Generation; g != nil {
+		p.keep(g)
+	}
 }
 
 // stamped adds to a flow the generation that its gateway had in force when it was reported.

@@ -1,13 +1,16 @@
 package main
 
 import (
+	"errors"
 	"flag"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -22,8 +25,7 @@ func TestMain(m *testing.M) {
 	})
 }
 
-// TestScripts runs every command as a user would. Scripts whose name begins with "up" start the whole program with a
-// real Envoy.
+// TestScripts runs every command as a user would. Whatever has a gateway has a real Envoy.
 func TestScripts(t *testing.T) {
 	root, err := filepath.Abs("../..")
 	if err != nil {
@@ -45,10 +47,16 @@ func TestScripts(t *testing.T) {
 			}
 			env.Defer(func() { os.RemoveAll(short) })
 			env.Setenv("ENVOY", envoy)
+			binary, err := filepath.EvalSymlinks(envoy) // as a process has it
+			if err != nil {
+				return err
+			}
+			env.Setenv("ENVOY_FILE", binary)
 			env.Setenv("EXAMPLES", filepath.Join(root, "examples"))
 			env.Setenv("SALLYPORT_STATE", filepath.Join(short, "state"))
 			env.Setenv("WORKLOAD", filepath.Join(short, "w", "workload.sock"))
-			for _, name := range []string{"LISTEN", "LISTEN2", "OTLP"} {
+			env.Setenv("SHORT", short)
+			for _, name := range []string{"LISTEN", "LISTEN2", "OTLP", "AGENTS", "GATEWAYS", "CONNECT"} {
 				l, err := net.Listen("tcp", "127.0.0.1:0")
 				if err != nil {
 					return err
@@ -57,13 +65,34 @@ func TestScripts(t *testing.T) {
 				l.Close()
 			}
 			env.Setenv("HOME", env.WorkDir)
+			env.Setenv("GORACE", "atexit_sleep_ms=0 "+os.Getenv("GORACE")) // with -race each command would take a second to end
 			env.Setenv("UID", strconv.Itoa(os.Getuid()))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"wait-for": waitFor,
+			"fails":    fails,
 		},
 	})
+}
+
+// fails runs a command that ends with an exit code, and with one error and one hint: fails 2 sallyport agent
+func fails(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 2 || neg {
+		ts.Fatalf("usage: fails CODE COMMAND...")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || strconv.Itoa(exit.ExitCode()) != args[0] {
+		ts.Fatalf("ended with %v, not with exit status %s", err, args[0])
+	}
+	said := ts.ReadFile("stderr")
+	lines := strings.Split(strings.TrimSuffix(said, "\n"), "\n")
+	n := len(lines)
+	if n < 2 || strings.Count("\n"+said, "\nsallyport: error: ") != 1 || !strings.HasPrefix(lines[n-2], "sallyport: error: ") ||
+		!strings.HasPrefix(lines[n-1], "hint: ") {
+		ts.Fatalf("it does not end with one error and one hint")
+	}
 }
 
 // waitFor repeats a command until its output contains a text, or with ! no longer does: wait-for TEXT sallyport status
@@ -72,7 +101,7 @@ func waitFor(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("usage: wait-for TEXT COMMAND...")
 	}
 	out := ""
-	for range 300 { // each of them takes tens of milliseconds
+	for begun := time.Now(); time.Since(begun) < 30*time.Second; {
 		_ = ts.Exec(args[1], args[2:]...) // its exit status is part of what is waited for
 		out = ts.ReadFile("stdout") + ts.ReadFile("stderr")
 		if strings.Contains(out, args[0]) != neg {

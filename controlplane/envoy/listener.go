@@ -82,10 +82,10 @@ func downstreamTLS(g segment.Gateway) *corev3.TransportSocket {
 }
 
 // MaxConnectionAge is when a connection is told to close with its next answer, or at once if it is idle for as long
-// again. A caller that renews its SVID at half its life opens every connection with at least half of it left, so
-// connections end before the certificate that opened them, and none is closed under a request. (extract.lua sees to
-// callers that renew later: a request on a certificate that has ended is refused.)
-func MaxConnectionAge(svidTTL time.Duration) time.Duration { return svidTTL / 4 }
+// again. A caller renews its SVID between two and three fifths of its life, so it opens every connection with at least
+// two fifths of it left: connections end before the certificate that opened them, and none is closed under a request.
+// (extract.lua sees to callers that renew later: a request on a certificate that has ended is refused.)
+func MaxConnectionAge(svidTTL time.Duration) time.Duration { return svidTTL / 5 }
 
 func connectionManager(e *segment.Endpoint, g segment.Gateway, form form) *hcmv3.HttpConnectionManager {
 	return &hcmv3.HttpConnectionManager{

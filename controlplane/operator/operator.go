@@ -22,6 +22,7 @@ import (
 	"sallyport.dev/controlplane"
 	"sallyport.dev/controlplane/envoy"
 	"sallyport.dev/controlplane/xds"
+	"sallyport.dev/identity/federation"
 	"sallyport.dev/segment"
 	"sallyport.dev/telemetry"
 	"sallyport.dev/telemetry/store"
@@ -32,7 +33,9 @@ type Server struct {
 	About    About
 	Pipeline interface{ State() *controlplane.State }
 	Gateways interface{ Status() []xds.Status }
-	Store    *store.Store
+	// Federation is the other trust domains.
+	Federation interface{ Status() []federation.Status }
+	Store      *store.Store
 	// Actions are the operations of other parts, by the pattern of their requests ("POST /tokens"). What one returns is
 	// the answer as JSON. Its errors are shown as they are.
 	Actions map[string]func(url.Values) (any, error)
@@ -48,6 +51,10 @@ type About struct {
 	OTLP          string               `json:"otlp"`                     // where applications send spans
 	AgentListen   string               `json:"agent_listen,omitempty"`   // where agents of other machines come; empty: nowhere
 	GatewayListen string               `json:"gateway_listen,omitempty"` // and gateways
+	// Where other trust domains fetch the bundle, empty: nowhere; how it shows itself there; and the issuer of JWT-SVIDs.
+	BundleEndpoint string                  `json:"bundle_endpoint,omitempty"`
+	BundleProfile  segment.EndpointProfile `json:"bundle_profile,omitempty"`
+	OIDCIssuer     string                  `json:"oidc_issuer,omitempty"`
 }
 
 // Status is the state of everything.
@@ -57,7 +64,9 @@ type Status struct {
 	Problems   segment.Problems `json:"problems,omitempty"`
 	Failure    string           `json:"failure,omitempty"`
 	Gateways   []xds.Status     `json:"gateways"`
-	Telemetry  store.Stats      `json:"telemetry"`
+	// Federation is what is known of other trust domains.
+	Federation []federation.Status `json:"federation,omitempty"`
+	Telemetry  store.Stats         `json:"telemetry"`
 }
 
 // Generation is a generation in numbers.
@@ -104,7 +113,7 @@ func (s *Server) Handler() http.Handler {
 func (s *Server) status(w http.ResponseWriter, r *http.Request) {
 	state := s.Pipeline.State()
 	out := Status{About: s.About, Problems: state.Problems, Failure: state.Failure,
-		Gateways: s.Gateways.Status(), Telemetry: s.Store.Stats(r.Context())}
+		Gateways: s.Gateways.Status(), Federation: s.Federation.Status(), Telemetry: s.Store.Stats(r.Context())}
 	if g := state.Generation; g != nil {
 		out.Generation = &Generation{g.Digest, g.Made, len(g.Config.Endpoints), len(g.Config.Workloads), len(g.Config.Grants)}
 	}

@@ -197,7 +197,7 @@ func (a *Agent) session(ctx context.Context, i Issuer, retiring *sync.WaitGroup)
 // renew returns the SVID after this one, which is on the disk then.
 func (a *Agent) renew(ctx context.Context, l *link, svid *x509svid.SVID) (*x509svid.SVID, error) {
 	leaf := svid.Certificates[0]
-	at := identity.RotateAt(leaf.NotBefore, leaf.NotAfter)
+	at := identity.RenewAt(leaf)
 	if err := sleep(ctx, time.Until(at)-chance(leaf.NotAfter.Sub(at)/10)); err != nil {
 		return nil, err
 	}

@@ -33,9 +33,8 @@ const temporary = ".ca-*"
 // maxFile bounds the file: it holds at most maxSlots of each kind.
 const maxFile = 1 << 20
 
-// Open returns the root authority kept in dir as one that signs SVIDs itself, or makes one where there is none.
-//
-// Deprecated: it has nothing follow the authority in time. Use OpenKeeper.
+// Open returns the root authority kept in dir as one that signs SVIDs itself, or makes one where there is none. It is for
+// tools that sign by hand what nobody keeps fresh: nothing follows this authority in time, as with OpenKeeper.
 func Open(dir string, td spiffeid.TrustDomain, now time.Time) (*identity.Authority, error) {
 	f := folder{dir: dir}
 	if err := f.open(); err != nil {

@@ -274,6 +274,9 @@ func (k *Keeper) look(ctx context.Context, now time.Time, asked *request) error 
 	if err == nil || asked == nil && next.below != nil {
 		err = errors.Join(err, k.keep(next, now))
 	}
+	if err != nil && asked != nil {
+		return err
+	}
 	again = soonest(now, again, jwtAgain)
 	k.idle = [2]time.Time{now, again}
 	if err != nil {

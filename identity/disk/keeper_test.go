@@ -259,6 +259,9 @@ func TestRotate(t *testing.T) {
 		if n := len(r.Show().Roots); n > 16 || !strings.Contains(err.Error(), "already") {
 			t.Errorf("%d roots, %v", n, err)
 		}
+		if p := r.Show().Problem; p != "" {
+			t.Errorf("what was refused is shown as a problem: %s", p)
+		}
 		m.meet(t, r)
 		if err := r.Rotate(t.Context(), "everything", true); err == nil {
 			t.Error("rotated something that is not there")

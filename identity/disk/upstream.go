@@ -131,7 +131,7 @@ func (u UpstreamCA) parent(now time.Time) (*identity.Parent, error) {
 const maxCertificates = 16
 
 func readCertificates(path string) ([]*x509.Certificate, error) {
-	data, err := readGiven(path, 0, "name the file of a certificate in PEM")
+	data, err := readGiven(path, 0, "name a file with certificates in PEM by --upstream-ca-cert or --upstream-bundle")
 	if err != nil {
 		return nil, err
 	}
@@ -154,7 +154,7 @@ func readCertificates(path string) ([]*x509.Certificate, error) {
 
 // readPrivateKey reads a key in one of the usual forms: PKCS #8, SEC 1 or PKCS #1. Its errors never contain what was read.
 func readPrivateKey(path string) (crypto.Signer, error) {
-	data, err := readGiven(path, 0o007, "name the file of the authority's key in PEM")
+	data, err := readGiven(path, 0o007, "name the file with the authority's key in PEM by --upstream-ca-key")
 	if err != nil {
 		return nil, err
 	}

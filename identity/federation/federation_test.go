@@ -23,7 +23,14 @@ import (
 	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	gospiffe "github.com/spiffe/go-spiffe/v2/federation"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	client "github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc"
 
+	"sallyport.dev/identity"
+	"sallyport.dev/identity/internal/identitytest"
+	identityissuer "sallyport.dev/identity/issuer"
+	"sallyport.dev/identity/workloadapi"
 	"sallyport.dev/segment"
 )
 
@@ -288,6 +295,54 @@ func TestOpenIDConnect(t *testing.T) {
 		if _, err := NewHandler(HandlerConfig{Bundle: boxed(own).Load, Issuer: issuer}); err == nil {
 			t.Errorf("issuer %q is accepted", issuer)
 		}
+	}
+}
+
+// What our Workload API hands out, a relying party verifies by our discovery documents, and by nobody else's.
+func TestIssuedTokensVerify(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	issuer := "https://" + l.Addr().String() + "/identity"
+	p := identitytest.Start(t, func(s grpc.ServiceRegistrar, i *identityissuer.Issuer) { workloadapi.Register(s, i) })
+	p.Certifier.Issuer = issuer
+	p.Issuer.Set([]identityissuer.Entry{identitytest.Entry("app", identitytest.Me())})
+	s := httptest.NewUnstartedServer(handler(t, HandlerConfig{Bundle: boxed(p.Authorities.Bundle).Load, Issuer: issuer}))
+	s.Listener.Close()
+	s.Listener = l
+	s.StartTLS()
+	defer s.Close()
+
+	svid, err := client.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "cloud"}, client.WithAddr("unix://"+p.Socket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := oidc.ClientContext(t.Context(), s.Client())
+	provider, err := oidc.NewProvider(ctx, issuer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := provider.Verifier(&oidc.Config{ClientID: "cloud"}).Verify(ctx, svid.Marshal())
+	if err != nil || got.Subject != "spiffe://example.org/app" || got.Issuer != issuer {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if _, err := provider.Verifier(&oidc.Config{ClientID: "another"}).Verify(ctx, svid.Marshal()); err == nil {
+		t.Error("verified for another audience")
+	}
+	if id, _, err := identity.ValidateJWT(svid.Marshal(), p.Authorities.Bundle, []string{"cloud"}, time.Now()); err != nil || id != svid.ID {
+		t.Errorf("as a JWT-SVID: %s, %v", id, err)
+	}
+
+	// Two that share the key but not the issuer are not taken for each other.
+	others := identityissuer.Local{Issuer: issuer + "/"}
+	others.Set(p.Authorities)
+	token, err := others.CertifyJWT(t.Context(), identitytest.Entry("app"), []string{"cloud"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := provider.Verifier(&oidc.Config{ClientID: "cloud"}).Verify(ctx, token); err == nil {
+		t.Error("another issuer's token verified")
 	}
 }
 

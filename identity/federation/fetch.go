@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
 	"sallyport.dev/segment"
@@ -82,7 +84,40 @@ func (f fetcher) fetch(ctx context.Context, t segment.TrustDomain, verifier x509
 	if err != nil {
 		return nil, fmt.Errorf("fetch bundle: %w", err)
 	}
-	return segment.ParseBundle(t.Domain, document)
+	return decodeBundle(t.Domain, document)
+}
+
+// withoutKeys is a bundle that revokes all keys that there were. Keys must be there, and are none that we know.
+type withoutKeys struct {
+	Keys     []json.RawMessage `json:"keys"`
+	Sequence *uint64           `json:"spiffe_sequence,omitempty"`
+}
+
+// decodeBundle reads what an endpoint has answered. Other than in a document, the bundle may be empty: then its trust
+// domain has revoked all keys (SPIFFE Trust Domain and Bundle, 4.1.3). A document that does not speak of keys at all says
+// no such thing.
+func decodeBundle(td spiffeid.TrustDomain, document []byte) (*spiffebundle.Bundle, error) {
+	b, err := segment.ParseBundle(td, document)
+	if !errors.Is(err, segment.ErrEmptyBundle) {
+		return b, err
+	}
+	var empty withoutKeys
+	if json.Unmarshal(document, &empty) != nil || empty.Keys == nil {
+		return nil, err
+	}
+	b = spiffebundle.New(td)
+	if empty.Sequence != nil {
+		b.SetSequenceNumber(*empty.Sequence)
+	}
+	return b, nil
+}
+
+// encodeBundle is its reverse. The library would write an empty bundle without keys.
+func encodeBundle(b *spiffebundle.Bundle) ([]byte, error) {
+	if !b.Empty() {
+		return b.Marshal()
+	}
+	return json.Marshal(withoutKeys{Keys: []json.RawMessage{}, Sequence: floorOf(b)})
 }
 
 // mayAsk reports why a URL is not asked for a bundle. The specification lets clients follow redirects to other hosts,

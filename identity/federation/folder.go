@@ -92,7 +92,7 @@ func (f folder) load(td spiffeid.TrustDomain) (*record, error) {
 	if r.TrustDomain != td.Name() {
 		return nil, fmt.Errorf("load bundle: %s is of trust domain %q", path, r.TrustDomain)
 	}
-	if r.bundle, err = segment.ParseBundle(td, r.Bundle); err != nil {
+	if r.bundle, err = decodeBundle(td, r.Bundle); err != nil {
 		return nil, fmt.Errorf("load bundle: %s: %w", path, err)
 	}
 	return &r, nil
@@ -109,7 +109,7 @@ func (f folder) save(td spiffeid.TrustDomain, r record) error {
 func (f folder) write(td spiffeid.TrustDomain, r record) error {
 	r.TrustDomain = td.Name()
 	var err error
-	if r.Bundle, err = r.bundle.Marshal(); err != nil {
+	if r.Bundle, err = encodeBundle(r.bundle); err != nil {
 		return err
 	}
 	data, err := json.Marshal(r)

@@ -59,15 +59,15 @@ type Follower struct {
 
 // Status is what is known of one trust domain.
 type Status struct {
-	TrustDomain string                  `json:"trustDomain"`
+	TrustDomain string                  `json:"trust_domain"`
 	URL         string                  `json:"url"`
 	Profile     segment.EndpointProfile `json:"profile"`
-	LastSuccess time.Time               `json:"lastSuccess,omitzero"` // also before a restart; zero: never
-	Next        time.Time               `json:"next"`                 // when it is fetched next
-	Error       string                  `json:"error,omitempty"`      // why the last fetch failed; "": it did not
+	LastSuccess time.Time               `json:"last_success,omitzero"` // also before a restart; zero: never
+	Next        time.Time               `json:"next"`                  // when it is fetched next
+	Error       string                  `json:"error,omitempty"`       // why the last fetch failed; "": it did not
 	Sequence    uint64                  `json:"sequence,omitempty"`
-	Roots       int                     `json:"roots"`   // for X.509-SVIDs; with JWTKeys 0: nobody can be authenticated
-	JWTKeys     int                     `json:"jwtKeys"` // for JWT-SVIDs
+	Roots       int                     `json:"roots"`    // for X.509-SVIDs; with JWTKeys 0: nobody can be authenticated
+	JWTKeys     int                     `json:"jwt_keys"` // for JWT-SVIDs
 }
 
 // New returns a follower of nobody. It opens its folder, which nobody else may get into.
@@ -98,7 +98,7 @@ func (f *Follower) Status() []Status { return slices.Clone(*f.status.Load()) }
 // relation is what is known of one trust domain. It belongs to Run.
 type relation struct {
 	doc       segment.TrustDomain
-	bundle    *spiffebundle.Bundle // the latest; nil: none yet
+	bundle    *spiffebundle.Bundle // the latest; nil: none yet; empty: all keys are revoked
 	floor     *uint64              // no sequence number below this is believed; nil: any is
 	initial   string               // digest of the initial bundle that was taken over; "": none
 	fetched   time.Time
@@ -321,7 +321,10 @@ func (r *run) take(got result) {
 		return
 	}
 	n.failures, n.fetched, n.next = 0, now, now.Add(refreshAfter(n.doc, n.bundle))
-	if changed {
+	switch {
+	case changed && n.bundle.Empty():
+		log.Warn("trust domain has revoked all its keys, and nobody there is trusted")
+	case changed:
 		log.Info("bundle changed", "roots", len(n.bundle.X509Authorities()), "jwt_keys", len(n.bundle.JWTAuthorities()))
 	}
 	kept := record{Endpoint: endpointDigest(n.doc.Endpoint), Initial: n.initial, Floor: n.floor, Fetched: n.fetched, bundle: n.bundle}
@@ -398,7 +401,9 @@ func (r *run) publish() {
 			s.Error = clip(err.Error())
 		}
 		if n.bundle != nil {
-			bundles[td] = n.bundle
+			if !n.bundle.Empty() { // else nobody there is to be trusted
+				bundles[td] = n.bundle
+			}
 			s.Sequence, _ = n.bundle.SequenceNumber()
 			s.Roots, s.JWTKeys = len(n.bundle.X509Authorities()), len(n.bundle.JWTAuthorities())
 		}

@@ -137,8 +137,9 @@ func TestAttacks(t *testing.T) {
 		{name: "keys of a third", want: "not of trust domain other.org"},
 		{name: "our keys", want: "not of trust domain other.org"},
 		{name: "a leaf as root", want: "is not an authority's"},
-		{name: "no keys", want: "there is no key in it"},
-		{name: "keys for others", want: "there is no key in it"},
+		{name: "not a word of keys", want: "there is no key in it"},
+		{name: "null", want: "there is no key in it"},
+		{name: "revocation from before", want: "goes back from 5 to 4"},
 		{name: "private key", want: "not a public key"},
 		{name: "no document", want: "not a JWK set"},
 		{name: "page", want: "not a JWK set"},
@@ -178,10 +179,9 @@ func TestAttacks(t *testing.T) {
 			"a leaf as root": serves(func(w world) *spiffebundle.Bundle {
 				return spiffebundle.FromX509Authorities(other, svid(w, authority(w, other), "/x").Certificates)
 			}),
-			"no keys": func(w world) { w.host.handle(answer(`{"keys": [], "spiffe_sequence": 9}`)) },
-			"keys for others": func(w world) {
-				w.host.handle(answer(`{"keys": [{"kty":"oct","k":"AAAA","use":"jwt-svid","kid":"a"}, {"kty":"new","use":"x509-svid"}, {"kty":"EC","use":"sig"}]}`))
-			},
+			"not a word of keys":     func(w world) { w.host.handle(answer(`{"spiffe_sequence": 9}`)) },
+			"null":                   func(w world) { w.host.handle(answer(`{"keys": null, "spiffe_sequence": 9}`)) },
+			"revocation from before": func(w world) { w.host.handle(answer(`{"keys": [], "spiffe_sequence": 4}`)) },
 			"private key": func(w world) {
 				w.host.handle(answer(`{"keys": [{"kty":"EC","crv":"P-256","use":"jwt-svid","kid":"a",
 					"x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM","d":"870MB6gfuTJ4HtUnUvYMyJpr5eUZNP4Bk43bVdj3eAE"}]}`))
@@ -321,6 +321,92 @@ func TestAttacks(t *testing.T) {
 			})
 		})
 	}
+}
+
+// An empty bundle revokes all keys that there were (SPIFFE Trust Domain and Bundle, 4.1.3), until there are others.
+func TestRevokesAllKeys(t *testing.T) {
+	for name, empty := range map[string]string{
+		"no keys":         `{"keys": [], "spiffe_sequence": 9}`,
+		"not numbered":    `{"keys": []}`,
+		"keys for others": `{"keys": [{"kty":"oct","k":"AAAA","use":"jwt-svid","kid":"a"}, {"kty":"new","use":"x509-svid"}, {"kty":"EC","use":"sig"}]}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var net network
+				dir := stateDir(t)
+				before, after := authority(t, other), authority(t, other)
+				cert := webCert(t, 24*time.Hour, "spiffe.other.org")
+				h := net.serve(t, "spiffe.other.org:443", &tls.Config{Certificates: []tls.Certificate{cert}}, theirs(t, other, boxed(bundleOf(5, before))))
+				// Whoever is verified by the keys that are revoked is not believed any more either.
+				byThem := net.serve(t, "spiffe.third.org:443", SPIFFETLS(svid(t, before, "/bundles")), theirs(t, third, boxed(bundleOf(1, authority(t, third)))))
+				doc := webDocument(other, "https://spiffe.other.org/", writeFile(t, filepath.Join(t.TempDir(), "ca"), certPEM(cert)))
+				doc.Bundle = marshal(t, bundleOf(1, before))
+				docs := []segment.TrustDomain{doc, spiffeDocument(third, "https://spiffe.third.org/", spiffeid.RequireFromPath(other, "/bundles"), "")}
+				f := follow(t, dir, net.dial)
+				f.Set(docs)
+				synctest.Wait()
+				time.Sleep(10 * time.Second)
+				synctest.Wait()
+				if b, _ := f.told(); !b[other].Equal(bundleOf(5, before)) || b[third] == nil {
+					t.Fatalf("%+v", f.Status())
+				}
+
+				h.handle(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, empty) }))
+				time.Sleep(6 * time.Minute)
+				synctest.Wait()
+				if b, changed := f.told(); !changed || b[other] != nil {
+					t.Errorf("changed %t: %v", changed, b)
+				}
+				if s := f.of(t, other); s.Roots+s.JWTKeys != 0 || s.Error != "" || time.Since(s.LastSuccess) > 6*time.Minute {
+					t.Errorf("%+v", s)
+				}
+				asked := byThem.asked.Load()
+				time.Sleep(6 * time.Minute)
+				synctest.Wait()
+				if s := f.of(t, third); byThem.asked.Load() > asked || s.Error == "" {
+					t.Errorf("asked %d times more: %+v", byThem.asked.Load()-asked, s)
+				}
+				f.end()
+
+				// Over a restart, too, whatever the document began with, and nobody can bring the keys from before back.
+				h.away.Store(true)
+				f = follow(t, dir, net.dial)
+				f.Set(docs)
+				synctest.Wait()
+				if b, changed := f.told(); b[other] != nil {
+					t.Errorf("after a restart, changed %t: %v", changed, b)
+				}
+				h.handle(theirs(t, other, boxed(bundleOf(4, before))))
+				h.away.Store(false)
+				time.Sleep(11 * time.Minute)
+				synctest.Wait()
+				if s := f.of(t, other); s.Roots != 0 || !strings.Contains(s.Error, "goes back") {
+					t.Errorf("%+v", s)
+				}
+				h.handle(theirs(t, other, boxed(bundleOf(10, after))))
+				time.Sleep(11 * time.Minute)
+				synctest.Wait()
+				if b, _ := f.told(); !b[other].Equal(bundleOf(10, after)) {
+					t.Errorf("with new keys: %+v", f.Status())
+				}
+			})
+		})
+	}
+}
+
+// Nobody writes a bundle without keys into a document but by mistake.
+func TestEmptyInitialBundle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var net network
+		doc := webDocument(other, "https://spiffe.other.org/", "")
+		doc.Bundle = `{"keys": []}`
+		f := follow(t, stateDir(t), net.dial)
+		f.Set([]segment.TrustDomain{doc})
+		synctest.Wait()
+		if s := f.of(t, other); !strings.Contains(s.Error, "there is no key in it") {
+			t.Errorf("%+v", s)
+		}
+	})
 }
 
 // A redirect within the host is followed, each time anew (SPIFFE Federation, 5.2.1.4).
@@ -612,12 +698,12 @@ func TestDoubtfulFolder(t *testing.T) {
 		"moved": func(path string, text []byte) error {
 			return os.WriteFile(path, []byte(strings.Replace(string(text), `"other.org"`, `"third.org"`, 1)), 0o600)
 		},
-		"empty bundle": func(path string, text []byte) error {
+		"bundle without a word of keys": func(path string, text []byte) error {
 			var r map[string]json.RawMessage
 			if err := json.Unmarshal(text, &r); err != nil {
 				return err
 			}
-			r["bundle"] = json.RawMessage(`{"keys":[]}`)
+			r["bundle"] = json.RawMessage(`{"keys":null}`)
 			text, err := json.Marshal(r)
 			if err != nil {
 				return err

@@ -230,7 +230,7 @@ func TestWallet(t *testing.T) {
 
 		begun := time.Now()
 		<-w.Due()
-		if d := time.Since(begun); d < 25*time.Second || d > 30*time.Second {
+		if d := time.Since(begun); d < 20*time.Second || d > 37*time.Second {
 			t.Errorf("a one-minute SVID is due after %s", d)
 		}
 		second := renew(true, a, b)

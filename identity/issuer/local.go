@@ -22,6 +22,10 @@ const maxCSR = 16 << 10
 // Local certifies with authorities that are in this process. It certifies nothing until Set. That an authority cannot
 // sign is the gRPC status Unavailable; that it must not sign what is asked for, InvalidArgument.
 type Local struct {
+	// Issuer is the URL that JWT-SVIDs name as their issuer, for those who verify them as OpenID Connect tokens; "": they
+	// name none. It is set before the first call, and not changed.
+	Issuer string
+
 	authorities atomic.Pointer[identity.Authorities]
 }
 
@@ -65,7 +69,7 @@ func (l *Local) CertifyJWT(_ context.Context, e Entry, audience []string) (strin
 	if err := identity.CheckAudience(audience); err != nil {
 		return "", status.Errorf(codes.InvalidArgument, "issue JWT-SVID: %v", err)
 	}
-	token, err := a.JWT.Sign(identity.JWTRequest{ID: e.ID, Audience: audience, TTL: min(jwtTTL, e.TTL)}, time.Now())
+	token, err := a.JWT.Sign(identity.JWTRequest{ID: e.ID, Audience: audience, TTL: min(jwtTTL, e.TTL), Issuer: l.Issuer}, time.Now())
 	if err != nil {
 		return "", status.Errorf(codes.Unavailable, "issue JWT-SVID: %v", err)
 	}

@@ -50,7 +50,7 @@ func (h held) due() time.Time {
 		return h.retryAt
 	}
 	leaf := h.svid.Certificates[0]
-	return identity.RotateAt(leaf.NotBefore, leaf.NotAfter)
+	return identity.RenewAt(leaf)
 }
 
 // overdue returns it with the next time to try. The waits double, and get shorter again towards the end of the SVID,

@@ -296,7 +296,7 @@ func TestRotation(t *testing.T) {
 	if len(secrets) != 1 || leaf(t, secrets[0]).Equal(old) {
 		t.Errorf("%d secrets at half life", len(secrets))
 	}
-	if now.Before(identity.RotateAt(old.NotBefore, old.NotAfter)) || now.After(old.NotAfter) {
+	if now.Before(identity.RenewAt(old)) || now.After(old.NotAfter) {
 		t.Errorf("valid %s to %s, replaced at %s", old.NotBefore, old.NotAfter, now)
 	}
 }

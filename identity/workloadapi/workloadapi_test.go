@@ -256,7 +256,7 @@ func TestRotation(t *testing.T) {
 	if leaf.Equal(old) || first.PrivateKey.(*ecdsa.PrivateKey).Equal(second.PrivateKey) {
 		t.Error("pushed the same again")
 	}
-	if now.Before(identity.RotateAt(old.NotBefore, old.NotAfter)) || now.After(old.NotAfter) {
+	if now.Before(identity.RenewAt(old)) || now.After(old.NotAfter) {
 		t.Errorf("valid %s to %s, replaced at %s", old.NotBefore, old.NotAfter, now)
 	}
 }

@@ -83,7 +83,7 @@ func TestConnectionAge(t *testing.T) {
 	t.Parallel()
 	b := ownBackend(t)
 	u := startUp(t, map[string]string{"all.yaml": openAI("chat", b) + grant("all", "/app", "chat", "Infer", "m")}, "--svid-ttl", "20s")
-	const age = 5 * time.Second // a quarter
+	const age = 4 * time.Second // a fifth
 	for _, v := range []version{http1, http2} {
 		t.Run("busy/"+string(v), func(t *testing.T) {
 			t.Parallel()

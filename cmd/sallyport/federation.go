@@ -1,0 +1,224 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/spf13/pflag"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"golang.org/x/sync/errgroup"
+
+	"sallyport.dev/controlplane"
+	"sallyport.dev/controlplane/operator"
+	"sallyport.dev/identity"
+	"sallyport.dev/identity/federation"
+	"sallyport.dev/identity/issuer"
+	"sallyport.dev/identity/node/nodepb"
+	"sallyport.dev/segment"
+)
+
+// federationFlags are how others learn our keys: other trust domains, and whoever verifies JWT-SVIDs as OpenID Connect
+// tokens.
+type federationFlags struct {
+	endpoint  string // empty: nowhere
+	cert, key string // of a web server; empty: the control plane's X.509-SVID
+	issuer    string // empty: JWT-SVIDs name none
+}
+
+func (f *federationFlags) add(flags *pflag.FlagSet) {
+	flags.StringVar(&f.endpoint, "bundle-endpoint", "", "`ADDRESS` and port on which other trust domains fetch our bundle (SPIFFE Federation); empty: nowhere")
+	flags.StringVar(&f.cert, "bundle-endpoint-cert", "", "`PATH` of a web certificate (PEM) for it (https_web); without, it shows the control plane's X.509-SVID (https_spiffe)")
+	flags.StringVar(&f.key, "bundle-endpoint-key", "", "`PATH` of the certificate's private key (PEM)")
+	flags.StringVar(&f.issuer, "oidc-issuer", "", "https `URL` at which OpenID Connect discovery finds the bundle endpoint, and which JWT-SVIDs then name as their issuer")
+}
+
+func (f *federationFlags) check() error {
+	switch {
+	case f.endpoint == "" && (f.cert != "" || f.key != ""):
+		return usage("name its address with --bundle-endpoint", "--bundle-endpoint-cert and --bundle-endpoint-key: there is no bundle endpoint")
+	case f.endpoint == "" && f.issuer != "":
+		return usage("name the address of the documents that verifiers look for with --bundle-endpoint", "--oidc-issuer: there is no bundle endpoint")
+	case (f.cert == "") != (f.key == ""):
+		return usage("give both, or none", "--bundle-endpoint-cert and --bundle-endpoint-key belong together")
+	}
+	if _, err := federation.NewHandler(federation.HandlerConfig{Issuer: f.issuer}); err != nil {
+		return usage("as in https://identity.example.org, letter by letter as verifiers are told", "--oidc-issuer: %w", err)
+	}
+	return nil
+}
+
+// profile is how the bundle endpoint shows itself.
+func (f *federationFlags) profile() segment.EndpointProfile {
+	switch {
+	case f.endpoint == "":
+		return ""
+	case f.cert != "":
+		return segment.HTTPSWeb
+	}
+	return segment.HTTPSSPIFFE
+}
+
+// about adds what operators want to know of it.
+func (f *federationFlags) about(to *operator.About) {
+	to.BundleEndpoint, to.BundleProfile, to.OIDCIssuer = f.endpoint, f.profile(), f.issuer
+}
+
+// openBundleEndpoint opens where others fetch our bundle.
+func (p *plane) openBundleEndpoint() error {
+	f := p.federation
+	if f.endpoint == "" {
+		return nil
+	}
+	handler, err := federation.NewHandler(federation.HandlerConfig{
+		Bundle: func() *spiffebundle.Bundle { return p.bundles.now().Own }, Issuer: f.issuer})
+	if err != nil {
+		return err
+	}
+	config := federation.SPIFFETLS(p.own)
+	if f.profile() == segment.HTTPSWeb {
+		if config, err = federation.WebTLS(f.cert, f.key, p.log); err != nil {
+			return failed("give PEM files that belong together with --bundle-endpoint-cert and --bundle-endpoint-key", "serve the bundle: %w", err)
+		}
+	}
+	if p.bundleListener, err = net.Listen("tcp", f.endpoint); err != nil {
+		return failed("name another with --bundle-endpoint", "serve the bundle: %w", err)
+	}
+	p.bundleServer = bundleServer(handler, config, p.log)
+	return nil
+}
+
+// maxBundleConnections bounds what strangers can make us hold: everybody may ask for the bundle.
+const maxBundleConnections = 1024
+
+func bundleServer(h http.Handler, config *tls.Config, log *slog.Logger) *http.Server {
+	var open atomic.Int64
+	return &http.Server{
+		Handler:           h,
+		TLSConfig:         config,
+		ReadHeaderTimeout: 10 * time.Second, // the handshake's, too
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       30 * time.Second,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // the noise of strangers
+		ConnState: func(c net.Conn, s http.ConnState) {
+			switch s {
+			case http.StateNew:
+				if open.Add(1) > maxBundleConnections {
+					c.Close()
+				}
+			case http.StateClosed:
+				open.Add(-1)
+			}
+		},
+	}
+}
+
+func (p *plane) serveBundleEndpoint(ctx context.Context, group *errgroup.Group) {
+	if p.bundleServer == nil {
+		return
+	}
+	group.Go(func() error {
+		if err := p.bundleServer.ServeTLS(p.bundleListener, "", ""); err != nil && !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serve the bundle: %w", err)
+		}
+		return nil
+	})
+	group.Go(func() error {
+		<-ctx.Done()
+		return p.bundleServer.Close()
+	})
+}
+
+// federated is the sink that says which trust domains are followed.
+type federated struct{ follower *federation.Follower }
+
+func (s federated) Publish(_ context.Context, g *controlplane.Generation) error {
+	s.follower.Set(g.Config.Federated)
+	return nil
+}
+
+// retryOwn is how soon it is tried again to get the control plane's own identity.
+const retryOwn = 5 * time.Second
+
+// ownSVID is the control plane's own X.509-SVID, for what it serves to other machines.
+type ownSVID struct {
+	signer  issuer.Signer
+	entry   issuer.Entry
+	bundle  func() *spiffebundle.Bundle // of the own trust domain
+	log     *slog.Logger
+	changed chan struct{} // of size 1: there are other authorities
+
+	wallet issuer.Wallet // of who opens it, and then of Run
+	svid   atomic.Pointer[x509svid.SVID]
+}
+
+func (p *plane) newOwnSVID() *ownSVID {
+	return &ownSVID{
+		signer: p.local, entry: issuer.Entry{ID: nodepb.ControlPlane(p.options.TrustDomain), TTL: p.options.SVIDTTL},
+		bundle: func() *spiffebundle.Bundle { return p.bundles.now().Own }, log: p.log, changed: make(chan struct{}, 1),
+	}
+}
+
+// GetX509SVID makes it an x509svid.Source.
+func (o *ownSVID) GetX509SVID() (*x509svid.SVID, error) {
+	svid := o.svid.Load()
+	if svid == nil {
+		return nil, errors.New("the control plane has no identity yet")
+	}
+	return svid, nil
+}
+
+// certificate is what a TLS server shows.
+func (o *ownSVID) certificate() (*tls.Certificate, error) {
+	svid, err := o.GetX509SVID()
+	if err != nil {
+		return nil, err
+	}
+	c := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: svid.Certificates[0]}
+	for _, cert := range svid.Certificates {
+		c.Certificate = append(c.Certificate, cert.Raw)
+	}
+	return c, nil
+}
+
+// renew gets one if there is none, if it is time, or if nobody trusts any longer whoever signed the last. It returns when
+// to come again.
+func (o *ownSVID) renew(ctx context.Context) (due <-chan time.Time) {
+	if svid, own := o.svid.Load(), o.bundle(); svid != nil && own != nil {
+		if _, err := identity.Verify(svid.Certificates, own.X509Bundle(), time.Now()); err != nil {
+			o.wallet = issuer.Wallet{}
+		}
+	}
+	changed, err := o.wallet.Renew(ctx, o.signer, []issuer.Entry{o.entry})
+	if err != nil {
+		if ctx.Err() == nil {
+			o.log.Error("no identity for the control plane", "error", err)
+		}
+		return time.After(retryOwn) // the wallet's own time may be past
+	}
+	if changed {
+		o.svid.Store(o.wallet.SVIDs()[0])
+	}
+	return o.wallet.Due()
+}
+
+// Run keeps it until the context ends.
+func (o *ownSVID) Run(ctx context.Context) error {
+	for {
+		select {
+		case <-o.renew(ctx):
+		case <-o.changed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
