@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -321,8 +322,8 @@ func TestTakenOverIsTrusted(t *testing.T) {
 // Who sleeps through everything acts when he wakes up, and says so.
 func TestSleptThrough(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var log strings.Builder
-		c := disk.Config{Dir: filepath.Join(t.TempDir(), "state"), RootTTL: 30 * day, Log: slog.New(slog.NewTextHandler(&log, nil))}
+		log := &lockedLog{}
+		c := disk.Config{Dir: filepath.Join(t.TempDir(), "state"), RootTTL: 30 * day, Log: slog.New(slog.NewTextHandler(log, nil))}
 		r := run(t, c)
 		first := r.authorities(t)
 		r.stop()
@@ -334,7 +335,7 @@ func TestSleptThrough(t *testing.T) {
 			t.Error("what has ended signs")
 		}
 		if !strings.Contains(log.String(), "signs before everybody can know it") {
-			t.Errorf("the log says nothing of it: %s", &log)
+			t.Errorf("the log says nothing of it: %s", log)
 		}
 		if strings.Contains(log.String(), "PRIVATE") {
 			t.Error("the log tells keys")
@@ -460,4 +461,22 @@ func TestActions(t *testing.T) {
 			t.Errorf("%s, %v", states(d), err)
 		}
 	})
+}
+
+// lockedLog is read while a keeper writes to it.
+type lockedLog struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *lockedLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *lockedLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }
