@@ -60,7 +60,7 @@ func (a *agentInfo) state(now time.Time) string {
 
 // actions are what operators may do with a running control plane.
 func (p *plane) actions() map[string]func(url.Values) (any, error) {
-	all := p.keeper.Actions()
+	all := p.caActions()
 	fleet := map[string]func(url.Values) (any, error){
 		"POST /tokens": func(q url.Values) (any, error) {
 			ttl, err := time.ParseDuration(q.Get("ttl"))

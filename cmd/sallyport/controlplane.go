@@ -23,6 +23,9 @@ a Gateway document says so. All links are mTLS with SPIFFE IDs on both sides.`,
   sallyport token create --node host-a > token # for one machine, once`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if f.identity != "" && !cmd.Flags().Changed("agent-listen") {
+				f.agentListen = "" // the provider has agents of its own
+			}
 			return runControlplane(cmd.Context(), f, cmd.ErrOrStderr())
 		},
 	}

@@ -183,11 +183,15 @@ func (o *ownSVID) certificate() (*tls.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
+	return tlsCertificate(svid), nil
+}
+
+func tlsCertificate(svid *x509svid.SVID) *tls.Certificate {
 	c := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: svid.Certificates[0]}
 	for _, cert := range svid.Certificates {
 		c.Certificate = append(c.Certificate, cert.Raw)
 	}
-	return c, nil
+	return c
 }
 
 // renew gets one if there is none, if it is time, or if nobody trusts any longer whoever signed the last. It returns when

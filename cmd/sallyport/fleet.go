@@ -207,6 +207,29 @@ func (p *plane) openFleet() error {
 	if p.agentListen == "" && p.gatewayListen == "" {
 		return nil
 	}
+	if err := p.openNodes(); err != nil {
+		return err
+	}
+	for _, l := range []struct {
+		address, flag string
+		into          *net.Listener
+	}{{p.agentListen, "--agent-listen", &p.agentListener}, {p.gatewayListen, "--gateway-listen", &p.gatewayListener}} {
+		if l.address == "" {
+			continue
+		}
+		var err error
+		if *l.into, err = net.Listen("tcp", l.address); err != nil {
+			return failed("name another with "+l.flag, "listen for other machines: %w", err)
+		}
+	}
+	return nil
+}
+
+// openNodes is for the agents of other machines, unless they are the identity provider's.
+func (p *plane) openNodes() error {
+	if p.provider != nil {
+		return nil
+	}
 	c := node.Config{TrustDomain: p.options.TrustDomain, Certifier: p.local, Dir: filepath.Join(p.state.dir, "agents"),
 		TTL: p.options.SVIDTTL, Log: p.log}
 	var err error
@@ -219,17 +242,6 @@ func (p *plane) openFleet() error {
 		return err
 	}
 	p.nodes.SetBundles(p.bundles.now())
-	for _, l := range []struct {
-		address, flag string
-		into          *net.Listener
-	}{{p.agentListen, "--agent-listen", &p.agentListener}, {p.gatewayListen, "--gateway-listen", &p.gatewayListener}} {
-		if l.address == "" {
-			continue
-		}
-		if *l.into, err = net.Listen("tcp", l.address); err != nil {
-			return failed("name another with "+l.flag, "listen for other machines: %w", err)
-		}
-	}
 	p.pipeline.Sinks = append([]controlplane.Sink{assignments{p}}, p.pipeline.Sinks...)
 	return nil
 }
@@ -241,8 +253,8 @@ func (p *plane) serveFleet(ctx context.Context, group *errgroup.Group) {
 	if p.gatewayListener != nil {
 		d := &door{
 			plane:       p,
-			certificate: p.own.certificate,
-			bundles:     func() x509bundle.Source { return p.bundles.now().Own.X509Bundle() },
+			certificate: p.certificate,
+			bundles:     p.believes,
 			refused:     p.admissible,
 		}
 		d.serve(ctx, group, p.gatewayListener)

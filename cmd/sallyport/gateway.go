@@ -7,7 +7,6 @@ import (
 	"net"
 	"path/filepath"
 	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -19,14 +18,15 @@ import (
 
 // edge is the flags of `sallyport gateway`.
 type edge struct {
-	name         string
-	trustDomain  string
-	controlPlane string
-	identity     string
-	state        string
-	envoy        string
-	concurrency  int
-	logFormat    string
+	name           string
+	trustDomain    string
+	controlPlane   string
+	controlPlaneID string
+	identity       string
+	state          string
+	envoy          string
+	concurrency    int
+	logFormat      string
 }
 
 func gatewayCommand() *cobra.Command {
@@ -44,6 +44,7 @@ While the control plane is away it goes on with what it has.`,
 	flags := cmd.Flags()
 	flags.StringVar(&e.name, "name", "", "`NAME` of its Gateway document (needed)")
 	flags.StringVar(&e.controlPlane, "control-plane", "", "`HOST:PORT` at which the control plane has its --gateway-listen (needed)")
+	flags.StringVar(&e.controlPlaneID, "control-plane-id", "/controlplane", "`PATH` of the control plane's SPIFFE ID, if another provider issued it")
 	flags.StringVar(&e.trustDomain, "trust-domain", "example.org", "trust domain `NAME`")
 	flags.StringVar(&e.identity, "identity", "unix://"+defaultWorkloadSocket(), "`ADDRESS` of the SDS socket of this machine's agent, as in unix:///run/sallyport/workload.sock")
 	flags.StringVar(&e.state, "state", filepath.Join(defaultState(), "gateway"), "`DIR` for what Envoy reads")
@@ -68,17 +69,17 @@ func (e *edge) run(ctx context.Context, errOut io.Writer) error {
 	if err != nil {
 		return usage("give the name of its Gateway document, as in --name edge", "--name: %w", err)
 	}
-	plane, err := spiffeid.FromSegments(td, "controlplane")
+	plane, err := spiffeid.FromPath(td, e.controlPlaneID)
 	if err != nil {
-		return fmt.Errorf("name the control plane: %w", err)
+		return usage("it is a path in the trust domain, as in --control-plane-id /controlplane", "--control-plane-id: %w", err)
 	}
 	address, err := addressFlag("--control-plane", e.controlPlane, "plane.internal:9444")
 	if err != nil {
 		return err
 	}
-	socket, ok := strings.CutPrefix(e.identity, "unix://")
-	if !ok || !filepath.IsAbs(socket) {
-		return usage("as in --identity unix:///run/sallyport/workload.sock", "--identity: %q is no Unix socket", e.identity)
+	socket, err := providerSocket(e.identity)
+	if err != nil {
+		return err
 	}
 	binary, err := findEnvoy(ctx, e.envoy)
 	if err != nil {

@@ -32,6 +32,7 @@ import (
 	"sallyport.dev/identity/federation"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/node"
+	"sallyport.dev/identity/provider"
 	"sallyport.dev/segment"
 	"sallyport.dev/telemetry"
 	"sallyport.dev/telemetry/export"
@@ -51,6 +52,7 @@ type planeFlags struct {
 	agentListen   string // empty: nowhere
 	gatewayListen string
 	x509pop       string // path of the authorities that attest machines; empty: none
+	identity      string // of whose Workload API we are a workload, and issue nothing; empty: we issue
 	ca            caFlags
 	federation    federationFlags
 }
@@ -63,6 +65,7 @@ func (f *planeFlags) add(flags *pflag.FlagSet) {
 	flags.StringVar(&f.agentListen, "agent-listen", f.agentListen, "`ADDRESS` and port on which agents of other machines are attested; empty: nowhere")
 	flags.StringVar(&f.gatewayListen, "gateway-listen", f.gatewayListen, "`ADDRESS` and port on which gateways of other machines are programmed; empty: nowhere")
 	flags.StringVar(&f.x509pop, "x509pop-ca", "", "`PATH` of the authorities (PEM) whose certificates attest machines")
+	flags.StringVar(&f.identity, "identity", "", "`PROVIDER` that issues all identities instead of us: spire:unix:///PATH of its Workload API")
 	f.ca.add(flags)
 	f.federation.add(flags)
 	logFlag(flags, &f.logFormat)
@@ -96,6 +99,7 @@ type plane struct {
 	trusting   sync.Mutex
 	bundles    bundles
 	follower   *federation.Follower
+	provider   *provider.Source // nil: we are the provider; else all of the above is nil
 	gateways   *xds.Server
 	lists      *catalog.Catalog
 	records    *store.Store
@@ -138,19 +142,13 @@ func newPlane(ctx context.Context, f planeFlags, options v1alpha1.Options, log *
 }
 
 func (p *plane) open(ctx context.Context) error {
-	p.local = &issuer.Local{Issuer: p.federation.issuer}
-	p.own = p.newOwnSVID()
-	p.identities = issuer.New(issuer.Config{Certifier: p.local, Attest: attest.Selectors})
+	sinks := []controlplane.Sink{published{p}}
 	var err error
-	if err = p.openAuthority(ctx); err != nil {
-		return err
+	if p.identity != "" {
+		err = p.openProvider()
+	} else if err = p.openIssuer(ctx); err == nil {
+		sinks = append([]controlplane.Sink{federated{p.follower}}, sinks...)
 	}
-	p.own.renew(ctx) // so that whoever comes first finds one
-	p.follower, err = federation.New(federation.Config{
-		TrustDomain: p.options.TrustDomain, Own: func() *spiffebundle.Bundle { return p.bundles.now().Own },
-		Dir: filepath.Join(p.state.dir, "federation"), Log: p.log,
-		Publish: func(b federation.Bundles) { p.trust(func(to *issuer.Bundles) { to.Federated = b }) },
-	})
 	if err != nil {
 		return err
 	}
@@ -169,8 +167,8 @@ func (p *plane) open(ctx context.Context) error {
 	p.documents = make(chan v1alpha1.Snapshot)
 	p.pipeline = &controlplane.Pipeline{
 		Options: p.options, Documents: p.documents, Names: names, Log: p.log,
-		Sinks: []controlplane.Sink{federated{p.follower}, published{p}, p.lists},
 	}
+	p.pipeline.Sinks = append(sinks, p.lists)
 	if p.operatorSocket, err = p.state.listen("operator.sock"); err != nil {
 		return err
 	}
@@ -183,6 +181,24 @@ func (p *plane) open(ctx context.Context) error {
 		return err
 	}
 	return p.openFleet()
+}
+
+// openIssuer makes us the identity provider.
+func (p *plane) openIssuer(ctx context.Context) error {
+	p.local = &issuer.Local{Issuer: p.federation.issuer}
+	p.own = p.newOwnSVID()
+	p.identities = issuer.New(issuer.Config{Certifier: p.local, Attest: attest.Selectors})
+	if err := p.openAuthority(ctx); err != nil {
+		return err
+	}
+	p.own.renew(ctx) // so that whoever comes first finds one
+	var err error
+	p.follower, err = federation.New(federation.Config{
+		TrustDomain: p.options.TrustDomain, Own: func() *spiffebundle.Bundle { return p.bundles.now().Own },
+		Dir: filepath.Join(p.state.dir, "federation"), Log: p.log,
+		Publish: func(b federation.Bundles) { p.trust(func(to *issuer.Bundles) { to.Federated = b }) },
+	})
+	return err
 }
 
 // asking is the gateway in whose name a request to the catalogue comes.
@@ -217,11 +233,9 @@ func (p *plane) run(ctx context.Context, about operator.About, start func(group 
 	about.AgentListen, about.GatewayListen = p.agentListen, p.gatewayListen
 	p.federation.about(&about)
 	serveHTTP(serving, group, (&operator.Server{
-		About: about, Pipeline: p.pipeline, Gateways: p.gateways, Federation: p.follower, Store: p.records, Actions: p.actions(),
+		About: about, Pipeline: p.pipeline, Gateways: p.gateways, Federation: p.federatedWith(), Store: p.records, Actions: p.actions(),
 	}).Handler(), p.operatorSocket)
-	group.Go(func() error { return p.keeper.Run(serving) })
-	group.Go(func() error { return p.own.Run(serving) })
-	group.Go(func() error { return p.follower.Run(serving) })
+	p.serveIdentity(serving, group)
 	if p.otlpListener != nil {
 		applications := grpc.NewServer()
 		collectorpb.RegisterTraceServiceServer(applications, ingest.NewTraces(ingest.TracesConfig{

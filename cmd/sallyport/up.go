@@ -83,10 +83,14 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 	own := *options.Gateway
 	first := firstSink(make(chan struct{}))
 	// Whom the gateway is must be known before it is told anything.
-	p.pipeline.Sinks = slices.Concat([]controlplane.Sink{entries{p.identities, binary, own}}, p.pipeline.Sinks, []controlplane.Sink{first})
-
-	identitySocket, err := listenUnix(u.workload, 0o777, 0o755, "name another path with --workload-socket")
-	if err != nil {
+	p.pipeline.Sinks = append(p.pipeline.Sinks, first)
+	var identitySocket net.Listener // nil: the provider's
+	if p.provider == nil {
+		p.pipeline.Sinks = slices.Insert(p.pipeline.Sinks, 0, controlplane.Sink(entries{p.identities, binary, own}))
+		if identitySocket, err = listenUnix(u.workload, 0o777, 0o755, "name another path with --workload-socket"); err != nil {
+			return err
+		}
+	} else if u.workload, err = providerSocket(u.identity); err != nil {
 		return err
 	}
 	controlSocket, err := p.state.listen("control.sock")
@@ -106,10 +110,12 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 	}
 	about := operator.About{Listen: u.deployment.listen, Workload: u.workload, OTLP: u.otlp}
 	return p.run(ctx, about, func(group *errgroup.Group, ctx, serving context.Context, stopServing func()) error {
-		identityServer := grpc.NewServer(openToAll(attest.NewCredentials())...)
-		workloadapi.Register(identityServer, p.identities)
-		sds.Register(identityServer, p.identities, log)
-		serveGRPC(serving, group, identityServer, identitySocket)
+		if identitySocket != nil {
+			identityServer := grpc.NewServer(openToAll(attest.NewCredentials())...)
+			workloadapi.Register(identityServer, p.identities)
+			sds.Register(identityServer, p.identities, log)
+			serveGRPC(serving, group, identityServer, identitySocket)
+		}
 
 		control := grpc.NewServer(grpc.MaxRecvMsgSize(64<<20), xds.Endable())
 		p.gateways.Register(serving, control, nil)

@@ -37,7 +37,7 @@ type Server struct {
 	Federation interface{ Status() []federation.Status }
 	Store      *store.Store
 	// Actions are the operations of other parts, by the pattern of their requests ("POST /tokens"). What one returns is
-	// the answer as JSON. Its errors are shown as they are.
+	// the answer as JSON. Its errors are shown as they are, with a hint where they are a *RefusedError.
 	Actions map[string]func(url.Values) (any, error)
 }
 
@@ -101,7 +101,12 @@ func (s *Server) Handler() http.Handler {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			v, err := action(r.URL.Query())
 			if err != nil {
-				fail(w, http.StatusBadRequest, Failure{Error: err.Error()})
+				failure := Failure{Error: err.Error()}
+				var refused *RefusedError
+				if errors.As(err, &refused) {
+					failure = refused.Failure
+				}
+				fail(w, http.StatusBadRequest, failure)
 				return
 			}
 			answer(w, v)

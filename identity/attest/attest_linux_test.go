@@ -406,7 +406,7 @@ func TestControlGroups(t *testing.T) {
 }
 
 // connection starts a child that connects, and holds it.
-func connection(t *testing.T, do string, args ...string) (child, *process) {
+func connection(t *testing.T, do string, args ...string) (child, *Held) {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", socket)
@@ -420,11 +420,11 @@ func connection(t *testing.T, do string, args ...string) (child, *process) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { accepted.Close() })
-	p, err := hold(accepted.(*net.UnixConn), newHashes())
+	p, err := hold(accepted.(*net.UnixConn), NewHashes())
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { p.pidfd.Close() })
+	t.Cleanup(func() { p.Pidfd.Close() })
 	if seen, err := p.look(t.Context(), wants{}); err != nil || seen.PID != c.cmd.Process.Pid || seen.Path == "" || seen.SHA256 != "" {
 		t.Fatalf("got %+v, %v", seen, err)
 	}
@@ -445,19 +445,19 @@ func TestAnotherProgram(t *testing.T) {
 
 func TestUnreadableProgram(t *testing.T) {
 	c, p := connection(t, "hide")
-	begun := p.exe
-	p.exe = nil // as if it had been unreadable
+	begun := p.Program
+	p.Program = nil // as if it had been unreadable
 	if seen, err := p.look(t.Context(), wantsOf(all)); err == nil || !empty(seen) {
 		t.Errorf("readable only now: got %+v, %v", seen, err)
 	}
-	p.exe = begun
+	p.Program = begun
 	if got := c.ask(t); got != "hidden" {
 		t.Fatal(got)
 	}
 	if seen, err := p.look(t.Context(), wantsOf(all)); err == nil || !strings.Contains(err.Error(), "another program") || !empty(seen) {
 		t.Errorf("unreadable only now: got %+v, %v", seen, err)
 	}
-	p.exe = nil
+	p.Program = nil
 	want := Process{PID: c.cmd.Process.Pid, UID: os.Getuid(), GID: os.Getgid()}
 	seen, err := p.look(t.Context(), wants{hash: true})
 	if want.User = seen.User; err != nil || !reflect.DeepEqual(seen, want) {
@@ -480,11 +480,29 @@ func TestConnectionLeftToAnother(t *testing.T) {
 
 func TestConnectionClosed(t *testing.T) {
 	_, p := connection(t, "become", "")
-	if err := p.pidfd.Close(); err != nil {
+	if err := p.Pidfd.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if seen, err := p.look(t.Context(), wantsOf(all)); err == nil || !empty(seen) {
 		t.Errorf("got %+v, %v", seen, err)
+	}
+}
+
+// A server that finds its callers in another way gets no more than it holds.
+func TestHeld(t *testing.T) {
+	c, p := connection(t, "become", "")
+	want := sum(t, c.cmd.Path)
+	if seen, err := p.Look(t.Context(), all); err != nil || seen.SHA256 != want || seen.Group != groupName(os.Getgid()) {
+		t.Errorf("got %+v, %v", seen, err)
+	}
+	for name, held := range map[string]Held{
+		"nothing":           {},
+		"not by a pidfd":    {PID: p.PID, UID: p.UID, GID: p.GID, Program: p.Program, Hashes: p.Hashes},
+		"of no program yet": {PID: p.PID, UID: p.UID, GID: p.GID, Pidfd: p.Pidfd, Hashes: p.Hashes},
+	} {
+		if seen, err := held.Look(t.Context(), []string{"unix:group", "systemd:unit"}); err == nil || !empty(seen) {
+			t.Errorf("%s: got %+v, %v", name, seen, err)
+		}
 	}
 }
 
@@ -501,7 +519,7 @@ func TestUnattested(t *testing.T) {
 }
 
 func TestHashes(t *testing.T) {
-	h := newHashes()
+	h := NewHashes()
 	dir := t.TempDir()
 	hash := func(path string) string {
 		info, err := os.Stat(path)
@@ -531,7 +549,7 @@ func TestHashes(t *testing.T) {
 	if err := os.WriteFile(other, []byte("one"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := newHashes().of(t.Context(), 0, other, before); got != "" || err != nil {
+	if got, err := NewHashes().of(t.Context(), 0, other, before); got != "" || err != nil {
 		t.Errorf("hashed another file than the one asked for: %v", err)
 	}
 	large := filepath.Join(dir, "large")
@@ -560,7 +578,7 @@ func TestHashes(t *testing.T) {
 // One user waits behind himself, two users go on, and who is gone does not wait.
 func TestHashesFewAtATime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHashes()
+		h := NewHashes()
 		entered := make(chan uint32, 10)
 		enter := func(ctx context.Context, uid uint32) chan<- struct{} {
 			leave := make(chan struct{})
@@ -616,7 +634,7 @@ func TestHashNotWaitedFor(t *testing.T) {
 	stop := make([]func(), maxReaders)
 	for i := range stop {
 		var err error
-		if stop[i], err = p.hashes.enter(t.Context(), uint32(1_000_000+i)); err != nil { // others, whose programs take long
+		if stop[i], err = p.Hashes.enter(t.Context(), uint32(1_000_000+i)); err != nil { // others, whose programs take long
 			t.Fatal(err)
 		}
 	}

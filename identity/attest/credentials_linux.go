@@ -14,7 +14,7 @@ import (
 // NewCredentials returns what a gRPC server on a Unix socket needs to know its callers. Connections whose process
 // cannot be held on to are refused.
 func NewCredentials() credentials.TransportCredentials {
-	return serverCredentials{hashes: newHashes()}
+	return serverCredentials{hashes: NewHashes()}
 }
 
 // Caller returns the process whose call the context belongs to, as it is now. What costs something is found out only if
@@ -28,7 +28,7 @@ func Caller(ctx context.Context, kinds []string) (Process, error) {
 	if !ok {
 		return Process{}, errors.New("attest caller: its connection was not attested")
 	}
-	return info.process.look(ctx, wantsOf(kinds))
+	return info.process.Look(ctx, kinds)
 }
 
 // Selectors is Caller's selectors.
@@ -41,7 +41,7 @@ func Selectors(ctx context.Context, kinds []string) ([]segment.Selector, error) 
 }
 
 // serverCredentials attest each connection when it is accepted.
-type serverCredentials struct{ hashes *hashes }
+type serverCredentials struct{ hashes *Hashes }
 
 func (c serverCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	uc, ok := raw.(*net.UnixConn)
@@ -73,7 +73,7 @@ func (serverCredentials) OverrideServerName(string) error { return nil }
 // authInfo carries the process to the calls of its connection.
 type authInfo struct {
 	credentials.CommonAuthInfo
-	process *process
+	process *Held
 }
 
 func (authInfo) AuthType() string { return "unix-peer" }
@@ -81,9 +81,9 @@ func (authInfo) AuthType() string { return "unix-peer" }
 // conn lets go of the process when it is closed.
 type conn struct {
 	*net.UnixConn
-	process *process
+	process *Held
 }
 
 func (c conn) Close() error {
-	return errors.Join(c.UnixConn.Close(), c.process.pidfd.Close())
+	return errors.Join(c.UnixConn.Close(), c.process.Pidfd.Close())
 }

@@ -17,9 +17,9 @@ const (
 	maxReaders = 2         // programs that are read at a time
 )
 
-// hashes remembers the hashes of programs, and reads few at a time: one for a user, and two for all of them. So
-// neither a user with many programs, nor one whose file system hangs, keeps the others from theirs.
-type hashes struct {
+// Hashes remembers the hashes of programs, and reads few at a time: one for a user, and two for all of them. So
+// neither a user with many programs, nor one whose file system hangs, keeps the others from theirs. NewHashes makes one.
+type Hashes struct {
 	readers chan struct{} // one for each program that is being read
 	mu      sync.Mutex
 	sums    map[version]string
@@ -29,7 +29,7 @@ type hashes struct {
 // turn is taken by the one of a user's callers that goes on.
 type turn struct {
 	taken chan struct{}
-	users int // who hold it or wait for it; guarded by hashes.mu
+	users int // who hold it or wait for it; guarded by Hashes.mu
 }
 
 // version is a file's content as far as it can be told apart without reading it. The time of the last change of the
@@ -40,8 +40,9 @@ type version struct {
 	mtime, ctime syscall.Timespec
 }
 
-func newHashes() *hashes {
-	return &hashes{
+// NewHashes returns one that remembers nothing yet, for all processes of a server to share.
+func NewHashes() *Hashes {
+	return &Hashes{
 		readers: make(chan struct{}, maxReaders),
 		sums:    make(map[version]string),
 		turns:   make(map[uint32]*turn),
@@ -50,7 +51,7 @@ func newHashes() *hashes {
 
 // of returns the SHA-256 in hex of the program at the path, which a process of the user runs, and which must still be
 // the given file; "" if it cannot. It fails once the context is done.
-func (h *hashes) of(ctx context.Context, uid uint32, path string, exe fs.FileInfo) (string, error) {
+func (h *Hashes) of(ctx context.Context, uid uint32, path string, exe fs.FileInfo) (string, error) {
 	v := versionOf(exe)
 	if v.size > maxProgram {
 		return "", nil
@@ -82,14 +83,14 @@ func (h *hashes) of(ctx context.Context, uid uint32, path string, exe fs.FileInf
 	return sum, nil
 }
 
-func (h *hashes) known(v version) string {
+func (h *Hashes) known(v version) string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.sums[v]
 }
 
 // enter waits until a user may have a program read. Of the users that wait, each waits with one caller only.
-func (h *hashes) enter(ctx context.Context, uid uint32) (leave func(), err error) {
+func (h *Hashes) enter(ctx context.Context, uid uint32) (leave func(), err error) {
 	h.mu.Lock()
 	t := h.turns[uid]
 	if t == nil {

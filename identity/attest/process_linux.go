@@ -15,17 +15,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// process is held by a pidfd, which goes on meaning the same process when its PID is another's. What is read from
-// /proc/PID is therefore true of it if it is still alive after the reading.
-type process struct {
-	cred   *unix.Ucred
-	pidfd  *os.File
-	exe    fs.FileInfo // the program that it ran when it connected; nil if that could not be read
-	hashes *hashes
+// Held is a process that is held by a pidfd, which goes on meaning the same process when its PID is another's. What is
+// read from /proc/PID is therefore true of it if it is still alive after the reading. Look needs all of it. Whoever
+// fills it in answers for it that PID, UID and GID were those of the process that the pidfd holds.
+type Held struct {
+	PID, UID, GID int         // when it connected
+	Pidfd         *os.File    // the caller's, who closes it: then Look knows nothing more
+	Program       fs.FileInfo // os.Stat of the program that it ran when it connected; nil if that could not be read
+	Hashes        *Hashes
 }
 
 // hold returns the process that connected a socket.
-func hold(c *net.UnixConn, hashes *hashes) (*process, error) {
+func hold(c *net.UnixConn, hashes *Hashes) (*Held, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return nil, fmt.Errorf("attest connection: %w", err)
@@ -50,34 +51,39 @@ func hold(c *net.UnixConn, hashes *hashes) (*process, error) {
 	if fdErr != nil {
 		return nil, fmt.Errorf("attest connection: hold process %d: %w", cred.Pid, fdErr)
 	}
-	p := &process{cred: cred, pidfd: os.NewFile(uintptr(fd), "pidfd"), hashes: hashes}
+	p := &Held{PID: int(cred.Pid), UID: int(cred.Uid), GID: int(cred.Gid), Pidfd: os.NewFile(uintptr(fd), "pidfd"), Hashes: hashes}
 	if err := p.begin(old); err != nil {
-		return nil, errors.Join(fmt.Errorf("attest connection: %w", err), p.pidfd.Close())
+		return nil, errors.Join(fmt.Errorf("attest connection: %w", err), p.Pidfd.Close())
 	}
 	return p, nil
 }
 
 // begin notes which program runs. A pidfd that was opened by PID may be that of a process which has got the PID since
 // the connection; at least it must then run as the user and group that connected.
-func (p *process) begin(byPID bool) error {
+func (p *Held) begin(byPID bool) error {
 	if byPID {
 		info, err := os.Stat(p.proc(""))
 		if err != nil {
 			return fmt.Errorf("look at process: %w", err)
 		}
-		if s := unixStat(info); s.Uid != p.cred.Uid || s.Gid != p.cred.Gid {
+		if s := unixStat(info); int(s.Uid) != p.UID || int(s.Gid) != p.GID {
 			return errors.New("its process has ended and another has its PID")
 		}
 	}
 	// Not readable: it gets no selectors of its program. A control plane that is not root may read that of its own
 	// user's processes only.
-	p.exe, _ = os.Stat(p.proc("exe"))
+	p.Program, _ = os.Stat(p.proc("exe"))
 	return p.alive()
 }
 
-// look says what the process is now. The context ends the wait for a program's hash.
-func (p *process) look(ctx context.Context, w wants) (Process, error) {
-	seen := Process{PID: int(p.cred.Pid), UID: int(p.cred.Uid), GID: int(p.cred.Gid)}
+// Look returns what the process is now. What costs something is found out only if selectors of these kinds need it. It
+// fails once the process has ended, or runs another program than Program, and if the context ends the wait for a hash.
+func (p *Held) Look(ctx context.Context, kinds []string) (Process, error) {
+	return p.look(ctx, wantsOf(kinds))
+}
+
+func (p *Held) look(ctx context.Context, w wants) (Process, error) {
+	seen := Process{PID: p.PID, UID: p.UID, GID: p.GID}
 	if u, err := user.LookupId(strconv.Itoa(seen.UID)); err == nil {
 		seen.User = u.Username
 	}
@@ -106,7 +112,7 @@ func (p *process) look(ctx context.Context, w wants) (Process, error) {
 		seen.Path = p.path(exe)
 		if w.hash {
 			var err error
-			if seen.SHA256, err = p.hashes.of(ctx, p.cred.Uid, p.proc("exe"), exe); err != nil {
+			if seen.SHA256, err = p.Hashes.of(ctx, uint32(p.UID), p.proc("exe"), exe); err != nil {
 				return Process{}, fmt.Errorf("attest caller: hash program: %w", err)
 			}
 		}
@@ -116,7 +122,7 @@ func (p *process) look(ctx context.Context, w wants) (Process, error) {
 	}
 	// Else a process could ask and then become a trusted program, in whose name it would be answered. One whose program
 	// can be read no longer, or only now, is likely to have become a set-user-ID program, or to have been one.
-	if (unread == nil) != (p.exe != nil) || unread == nil && !os.SameFile(exe, p.exe) {
+	if (unread == nil) != (p.Program != nil) || unread == nil && !os.SameFile(exe, p.Program) {
 		return Process{}, fmt.Errorf("attest caller: process %d runs another program than when it connected, or hides which", seen.PID)
 	}
 	return seen, nil
@@ -124,7 +130,7 @@ func (p *process) look(ctx context.Context, w wants) (Process, error) {
 
 // path returns the program's path if it leads to the program. So one that was deleted has none ("/bin/a (deleted)"
 // in /proc), nor has one that is at that path only in a container of the process's own making.
-func (p *process) path(exe fs.FileInfo) string {
+func (p *Held) path(exe fs.FileInfo) string {
 	path, err := os.Readlink(p.proc("exe"))
 	if err != nil {
 		return ""
@@ -136,10 +142,10 @@ func (p *process) path(exe fs.FileInfo) string {
 }
 
 // alive returns an error once the process has ended: its pidfd is readable then.
-func (p *process) alive() error {
-	raw, err := p.pidfd.SyscallConn()
+func (p *Held) alive() error {
+	raw, err := p.Pidfd.SyscallConn()
 	if err != nil {
-		return fmt.Errorf("watch process %d: %w", p.cred.Pid, err)
+		return fmt.Errorf("watch process %d: %w", p.PID, err)
 	}
 	var n int
 	var pollErr error
@@ -152,10 +158,10 @@ func (p *process) alive() error {
 		}
 	})
 	if err := errors.Join(err, pollErr); err != nil {
-		return fmt.Errorf("watch process %d: %w", p.cred.Pid, err)
+		return fmt.Errorf("watch process %d: %w", p.PID, err)
 	}
 	if n != 0 {
-		return fmt.Errorf("process %d has ended", p.cred.Pid)
+		return fmt.Errorf("process %d has ended", p.PID)
 	}
 	return nil
 }
@@ -165,7 +171,7 @@ func (p *process) alive() error {
 const maxRead = 64 << 10
 
 // read returns a file of the process. It fails if that is too large.
-func (p *process) read(name string) (string, error) {
+func (p *Held) read(name string) (string, error) {
 	f, err := os.Open(p.proc(name))
 	if err != nil {
 		return "", err
@@ -209,6 +215,6 @@ func groupName(gid int) string {
 	return g.Name
 }
 
-func (p *process) proc(name string) string {
-	return fmt.Sprintf("/proc/%d/%s", p.cred.Pid, name)
+func (p *Held) proc(name string) string {
+	return fmt.Sprintf("/proc/%d/%s", p.PID, name)
 }

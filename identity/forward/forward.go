@@ -32,6 +32,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
+	"sallyport.dev/identity/attest"
 	"sallyport.dev/identity/issuer"
 )
 
@@ -120,7 +121,7 @@ func newServer(f *Forwarder) *server {
 	return &server{
 		Forwarder: f,
 		slots:     slots{all: maxConnections, user: maxUserConnections, used: map[int]int{}},
-		sockets:   sockets{hashing: make(chan struct{}, maxHashing)},
+		sockets:   sockets{hashes: attest.NewHashes()},
 		linger:    linger,
 		sessions:  map[key]*session{},
 		warned:    map[string]time.Time{},

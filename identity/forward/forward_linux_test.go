@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -36,6 +37,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	spiffe "sallyport.dev/identity"
+	"sallyport.dev/identity/attest"
 	"sallyport.dev/identity/internal/identitytest"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/segment"
@@ -302,6 +304,9 @@ type application struct {
 	lines   *bufio.Scanner
 }
 
+// further is a group that applications of other users have the rights of.
+const further = 4_000_000_000
+
 // start runs a copy of this program as a user; as our own if that is 0.
 func start(t *testing.T, uid int, do string, args ...string) *application {
 	t.Helper()
@@ -311,7 +316,7 @@ func start(t *testing.T, uid int, do string, args ...string) *application {
 	a.cmd.Dir = "/"
 	a.cmd.Env = append(os.Environ(), role+"="+do)
 	if uid != 0 {
-		a.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+		a.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid), Groups: []uint32{further}}}
 	}
 	var err error
 	if a.in, err = a.cmd.StdinPipe(); err != nil {
@@ -599,6 +604,85 @@ func TestNeverMixed(t *testing.T) {
 			})
 		})
 	})
+}
+
+// TestKinds recognises an application by what only package attest knows.
+func TestKinds(t *testing.T) {
+	gid := fmt.Sprint(os.Getgid())
+	for kind, c := range map[string]struct {
+		uid   int
+		value func(*testing.T, *application) string
+	}{
+		"unix:group": {0, func(t *testing.T, _ *application) string {
+			g, err := user.LookupGroupId(gid)
+			if err != nil {
+				t.Skip("our group has no name")
+			}
+			return g.Name
+		}},
+		"unix:supplementary_gid": {65533, func(*testing.T, *application) string { return fmt.Sprint(further) }},
+		"systemd:unit": {0, func(t *testing.T, a *application) string { return a.join(t) }},
+	} {
+		t.Run(kind, func(t *testing.T) {
+			if c.uid != 0 && os.Getuid() != 0 {
+				t.Skip("only root can start processes of other users")
+			}
+			onBoth(t, func(t *testing.T, w *world) {
+				app := start(t, c.uid, "asks", w.base+"/chat/v1/models", w.socket)
+				plugin, fact, _ := strings.Cut(kind, ":")
+				is := segment.Selector{Type: plugin, Value: fact + ":" + c.value(t, app)}
+				isNot := segment.Selector{Type: plugin, Value: is.Value + "1"}
+				w.issuer.Set([]issuer.Entry{
+					identitytest.Entry("another", isNot, app.byPath()),
+					identitytest.Entry("app", is, app.byPath()),
+				})
+				if a := app.asks(t, 1)[0]; a.Caller != "spiffe://example.org/app" {
+					t.Errorf("got %+v", a)
+				}
+			})
+		})
+	}
+}
+
+// join moves the application into a control group of its own, and returns the systemd unit whose group it looks like.
+func (a *application) join(t *testing.T) (unit string) {
+	t.Helper()
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tree string
+	for line := range strings.Lines(string(mounts)) {
+		if f := strings.Fields(line); len(f) > 2 && f[2] == "cgroup2" {
+			tree = f[1]
+		}
+	}
+	if tree == "" {
+		t.Skip("no control groups of version 2 are mounted here")
+	}
+	unit = fmt.Sprintf("sallyporttest%d.service", a.cmd.Process.Pid)
+	dir := filepath.Join(tree, unit)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Skipf("control groups cannot be made here: %v", err)
+	}
+	t.Cleanup(func() {
+		a.in.Close() // ends it: a group with processes stays
+		_ = a.cmd.Wait()
+		if err := os.Remove(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(fmt.Sprint(a.cmd.Process.Pid)), 0); err != nil {
+		t.Skipf("processes cannot be moved to another control group here: %v", err)
+	}
+	is, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", a.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(is), "0::/"+unit+"\n") {
+		t.Skipf("what is mounted is not the root of the control groups: %q", is)
+	}
+	return unit
 }
 
 // TestIPv6 connects from sockets that may be in either of the kernel's tables.
@@ -1203,7 +1287,7 @@ func TestSelectors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.close()
-	p.hashing = make(chan struct{}, 1)
+	p.hashes = attest.NewHashes()
 	ctx := context.WithValue(t.Context(), processKey{}, p)
 	program, err := os.ReadFile(app.program)
 	if err != nil {
@@ -1226,6 +1310,14 @@ func TestSelectors(t *testing.T) {
 			}
 		}
 	}
+	begun := p.exe
+	for name, before := range map[string]string{"another program": "/proc/self/exe", "an unreadable one": "/nonexistent"} {
+		p.exe, _ = os.Stat(before)
+		if got, err := Selectors(ctx, nil); err == nil || !strings.Contains(err.Error(), "another program") {
+			t.Errorf("%s when it connected: got %v, %v", name, got, err)
+		}
+	}
+	p.exe = begun
 	app.in.Close()
 	_ = app.cmd.Wait()
 	if got, err := Selectors(ctx, nil); err == nil || !strings.Contains(err.Error(), "has ended") {

@@ -2,30 +2,19 @@ package forward
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
-	"os/user"
-	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"sallyport.dev/identity/attest"
 	"sallyport.dev/segment"
-)
-
-const (
-	maxProgram = 512 << 20 // bytes; larger programs have no hash
-	maxHashing = 2         // programs that are read at a time
 )
 
 // process is held by a pidfd, which goes on meaning the same process when its PID is another's. What is read from
@@ -35,8 +24,7 @@ type process struct {
 	pidfd         *os.File
 	exe           fs.FileInfo // the program that it ran when it was attested; nil if that could not be read
 
-	hashing chan struct{} // shared by all processes: holds one for each program that is being read
-	hash    atomic.Pointer[string]
+	hashes *attest.Hashes // shared by all processes
 }
 
 // key tells apart all processes that live at one moment, and what each was when it connected.
@@ -150,7 +138,7 @@ func (p *process) again() (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	q.uid, q.gid, q.exe, q.hashing = p.uid, p.gid, p.exe, p.hashing
+	q.uid, q.gid, q.exe, q.hashes = p.uid, p.gid, p.exe, p.hashes
 	return q, nil
 }
 
@@ -159,37 +147,18 @@ func (p *process) close() { p.pidfd.Close() }
 type processKey struct{}
 
 // Selectors is an issuer's Config.Attest that knows the processes for which a Forwarder asks, and asks package attest
-// about all others. Of ours it knows user, group, path and hash.
+// about all others. Of ours it knows the same as of those.
 func Selectors(ctx context.Context, kinds []string) ([]segment.Selector, error) {
 	p, ok := ctx.Value(processKey{}).(*process)
 	if !ok {
 		return attest.Selectors(ctx, kinds)
 	}
-	seen, err := p.look(ctx, slices.Contains(kinds, "unix:sha256"))
+	held := attest.Held{PID: p.pid, UID: p.uid, GID: p.gid, Pidfd: p.pidfd, Program: p.exe, Hashes: p.hashes}
+	seen, err := held.Look(ctx, kinds)
 	if err != nil {
-		return nil, fmt.Errorf("attest caller: %w", err)
+		return nil, err
 	}
 	return seen.Selectors(), nil
-}
-
-// look says what the process is now. The context ends the wait for a program's hash.
-func (p *process) look(ctx context.Context, hash bool) (attest.Process, error) {
-	seen := attest.Process{PID: p.pid, UID: p.uid, GID: p.gid}
-	if u, err := user.LookupId(strconv.Itoa(p.uid)); err == nil {
-		seen.User = u.Username
-	}
-	if exe, err := os.Stat(p.proc("exe")); err == nil {
-		seen.Path = p.path(exe)
-		if hash {
-			if seen.SHA256, err = p.sha256(ctx); err != nil {
-				return attest.Process{}, err
-			}
-		}
-	}
-	if err := p.check(); err != nil {
-		return attest.Process{}, err
-	}
-	return seen, nil
 }
 
 // check returns an error if the process has ended, or runs another program than when it was attested: else it could
@@ -205,51 +174,6 @@ func (p *process) check() error {
 		return fmt.Errorf("process %d runs another program than when it connected, or hides which", p.pid)
 	}
 	return nil
-}
-
-// path returns the program's path if it leads to the program. So one that was deleted has none, nor has one that is
-// at that path only in a container of the process's own making.
-func (p *process) path(exe fs.FileInfo) string {
-	path, err := os.Readlink(p.proc("exe"))
-	if err != nil {
-		return ""
-	}
-	if there, err := os.Stat(path); err != nil || !os.SameFile(there, exe) {
-		return ""
-	}
-	return path
-}
-
-// sha256 returns the hash of the program in hex; "" if it cannot be had. Nobody can write to a program that runs.
-func (p *process) sha256(ctx context.Context) (string, error) {
-	if known := p.hash.Load(); known != nil {
-		return *known, nil
-	}
-	select {
-	case p.hashing <- struct{}{}:
-		defer func() { <-p.hashing }()
-	case <-ctx.Done():
-		return "", fmt.Errorf("hash program: %w", context.Cause(ctx))
-	}
-	f, err := os.Open(p.proc("exe"))
-	if err != nil {
-		return "", nil // it has none, as that of a process that may not be read
-	}
-	defer f.Close()
-	before, err := f.Stat()
-	if err != nil || p.exe == nil || !os.SameFile(before, p.exe) || before.Size() > maxProgram {
-		return "", nil
-	}
-	digest := sha256.New()
-	if n, err := io.Copy(digest, io.LimitReader(f, before.Size()+1)); err != nil || n != before.Size() {
-		return "", nil
-	}
-	if after, err := f.Stat(); err != nil || unixStat(after).Ctim != unixStat(before).Ctim || after.Size() != before.Size() {
-		return "", nil // changed while it was read
-	}
-	sum := hex.EncodeToString(digest.Sum(nil))
-	p.hash.Store(&sum)
-	return sum, nil
 }
 
 // alive returns an error once the process has ended.

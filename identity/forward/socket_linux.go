@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sallyport.dev/identity/attest"
 )
 
 // attempts to find the owner of a socket. While a process starts a program, its child holds all its sockets too for a
@@ -33,7 +35,7 @@ type sockets struct {
 	next *scan      // which may be joined until it begins
 	busy sync.Mutex // one at a time
 
-	hashing chan struct{} // see process
+	hashes *attest.Hashes
 }
 
 // hold returns the process at the other end of a connection.
@@ -51,7 +53,7 @@ func (s *sockets) hold(ctx context.Context, c net.Conn) (*process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attest connection: %w", err)
 	}
-	p.hashing = s.hashing
+	p.hashes = s.hashes
 	return p, nil
 }
 
