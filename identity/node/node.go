@@ -187,6 +187,9 @@ func (s *Server) Revoke(id spiffeid.ID) error {
 	return nil
 }
 
+// Revoked reports whether an agent was revoked.
+func (s *Server) Revoked(id spiffeid.ID) bool { return s.agents.admissible(id) != nil }
+
 // Run serves agents on a listener, which it closes, until the context ends.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	server := grpc.NewServer(
