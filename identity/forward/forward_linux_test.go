@@ -621,7 +621,7 @@ func TestKinds(t *testing.T) {
 			return g.Name
 		}},
 		"unix:supplementary_gid": {65533, func(*testing.T, *application) string { return fmt.Sprint(further) }},
-		"systemd:unit": {0, func(t *testing.T, a *application) string { return a.join(t) }},
+		"systemd:unit":           {0, func(t *testing.T, a *application) string { return a.join(t) }},
 	} {
 		t.Run(kind, func(t *testing.T) {
 			if c.uid != 0 && os.Getuid() != 0 {
