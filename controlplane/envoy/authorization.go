@@ -79,7 +79,7 @@ func (r *Resources) authorization(e *segment.Endpoint, policy *authz.Endpoint, n
 	if !f.classes && weight(all) > r.limits.shard {
 		f.shards = r.limits.cut(all)
 	}
-	r.forms[e.Name], r.shards[e.Name] = f, f.shards
+	r.forms[e.Name] = f
 	from := origin{members: all, shadowed: policy.Shadowed, classes: f.classes}
 	var extensions []*corev3.TypedExtensionConfig
 	if f.classes {

@@ -33,7 +33,6 @@ type Resources struct {
 
 	policy   *authz.Policy
 	limits   limits
-	shards   map[segment.EndpointName][]shard
 	members  map[segment.EndpointName][]member
 	forms    map[segment.EndpointName]form
 	earlier  []*Resources
@@ -65,7 +64,7 @@ func Lower(cfg *segment.Config, policy *authz.Policy, names Names, earlier ...*R
 }
 
 func lower(l limits, cfg *segment.Config, policy *authz.Policy, names Names, earlier ...*Resources) *Resources {
-	r := &Resources{policy: policy, limits: l, shards: map[segment.EndpointName][]shard{}, members: map[segment.EndpointName][]member{}, forms: map[segment.EndpointName]form{}, earlier: earlier, made: map[string]made{}}
+	r := &Resources{policy: policy, limits: l, members: map[segment.EndpointName][]member{}, forms: map[segment.EndpointName]form{}, earlier: earlier, made: map[string]made{}}
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
 		r.Routes = append(r.Routes, routes(e))

@@ -175,7 +175,7 @@ func (r *Resources) Retained(name string, last *Kept) *Kept {
 
 // inside are the members of a shard of this name.
 func (r *Resources) inside(e segment.EndpointName, name string, rest bool, prefix string) []member {
-	for _, s := range r.shards[e] {
+	for _, s := range r.forms[e].shards {
 		if s.name(e) == name {
 			return s.members
 		}
