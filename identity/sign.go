@@ -157,8 +157,8 @@ func (a *Authority) conforms(leaf *x509.Certificate, now time.Time) error {
 	case len(leaf.UnhandledCriticalExtensions) > 0:
 		return errors.New("it has a critical extension that nobody knows")
 	}
-	if err := a.Check(now); err != nil {
-		return err
+	if from, to := validity(a.chain); now.Before(from) || now.After(to) {
+		return fmt.Errorf("the authority is valid from %s to %s", from.Format(time.RFC3339), to.Format(time.RFC3339))
 	}
 	return isLeaf(id, leaf)
 }
