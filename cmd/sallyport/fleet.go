@@ -284,8 +284,11 @@ func (s assignments) Publish(_ context.Context, g *controlplane.Generation) erro
 		}
 	}
 	for i := range g.Config.Workloads {
-		if w := &g.Config.Workloads[i]; len(w.Nodes) > 0 {
+		switch w := &g.Config.Workloads[i]; {
+		case len(w.Nodes) > 0:
 			all = append(all, s.assign(workloadEntry(w, s.plane.options.SVIDTTL), w.Nodes...))
+		case s.plane.options.Gateway == nil: // no Workload API on this machine either
+			s.plane.log.Warn("nobody can hold this identity: the document names no nodes", "workload", w.Name, "caller", w.ID.String())
 		}
 	}
 	s.plane.nodes.Set(all)

@@ -261,7 +261,7 @@ func (g *gateway) pending() []string {
 		}
 	}
 	slices.Sort(names)
-	return names
+	return slices.Compact(names) // a cluster and its addresses have one name
 }
 
 // WaitInForce returns nil once the gateway has taken whatever is published for it.
