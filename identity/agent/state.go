@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"sallyport.dev/identity/internal/whole"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/node/nodepb"
 	"sallyport.dev/segment"
@@ -235,22 +236,4 @@ func (a *Agent) forget(i Issuer) error {
 }
 
 // writeFile puts a whole file, on the disk, in the place of the one before.
-func writeFile(path string, data []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(data)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
+func writeFile(path string, data []byte) error { return whole.Write(path, data, ".new-*", os.Rename) }

@@ -21,6 +21,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport.dev/identity"
+	"sallyport.dev/identity/internal/whole"
 	"sallyport.dev/segment"
 )
 
@@ -169,31 +170,11 @@ func (f *folder) write(s state, put func(from, to string) error) error {
 	if len(data) > maxFile {
 		return fmt.Errorf("write authority: it has %d bytes, more than %d", len(data), maxFile)
 	}
-	if err := f.put(data, put); err != nil {
+	if err := whole.Write(f.path(), data, temporary, put); err != nil {
 		return fmt.Errorf("write authority: %w", err)
 	}
 	f.sealed = !f.key.IsZero()
 	return nil
-}
-
-func (f *folder) put(data []byte, put func(from, to string) error) error {
-	t, err := os.CreateTemp(f.dir, temporary) // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(t.Name())
-	_, err = t.Write(data)
-	if err := errors.Join(err, t.Sync(), t.Close()); err != nil {
-		return err
-	}
-	if err := put(t.Name(), f.path()); err != nil {
-		return err
-	}
-	d, err := os.Open(f.dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 // read returns the content of a file, if none of those could have read it whom the mode's bits stand for; otherwise, say

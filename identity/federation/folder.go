@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport.dev/identity/internal/whole"
 	"sallyport.dev/segment"
 )
 
@@ -116,27 +117,7 @@ func (f folder) write(td spiffeid.TrustDomain, r record) error {
 	if err != nil {
 		return err
 	}
-	temp, err := os.CreateTemp(string(f), tempStart+"*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(temp.Name())
-	_, err = temp.Write(append(data, '\n'))
-	if err := errors.Join(err, temp.Sync(), temp.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(temp.Name(), f.path(td)); err != nil {
-		return err
-	}
-	return f.sync()
-}
-
-func (f folder) sync() error {
-	d, err := os.Open(string(f))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return whole.Write(f.path(td), append(data, '\n'), tempStart+"*", os.Rename)
 }
 
 // retain removes the files of all other trust domains.
@@ -161,7 +142,7 @@ func (f folder) retain(wanted map[spiffeid.TrustDomain]bool) error {
 	if !removed {
 		return nil
 	}
-	return f.sync()
+	return whole.SyncFolder(string(f))
 }
 
 func digest(data []byte) string {
