@@ -73,7 +73,7 @@ func (p *Held) begin(byPID bool) error {
 	// Not readable: it gets no selectors of its program. A control plane that is not root may read that of its own
 	// user's processes only.
 	p.Program, _ = os.Stat(p.proc("exe"))
-	return p.alive()
+	return p.Alive()
 }
 
 // Look returns what the process is now. What costs something is found out only if selectors of these kinds need it. It
@@ -117,15 +117,29 @@ func (p *Held) look(ctx context.Context, w wants) (Process, error) {
 			}
 		}
 	}
-	if err := p.alive(); err != nil {
+	if err := p.same(exe, unread); err != nil {
 		return Process{}, fmt.Errorf("attest caller: %w", err)
 	}
-	// Else a process could ask and then become a trusted program, in whose name it would be answered. One whose program
-	// can be read no longer, or only now, is likely to have become a set-user-ID program, or to have been one.
-	if (unread == nil) != (p.Program != nil) || unread == nil && !os.SameFile(exe, p.Program) {
-		return Process{}, fmt.Errorf("attest caller: process %d runs another program than when it connected, or hides which", seen.PID)
-	}
 	return seen, nil
+}
+
+// Check returns an error if the process has ended, or runs another program than when it connected.
+func (p *Held) Check() error {
+	exe, unread := os.Stat(p.proc("exe"))
+	return p.same(exe, unread)
+}
+
+// same returns an error if what was read of the process is not true of the one that connected: it has ended, or runs
+// another program. Else it could ask and then become a trusted program, in whose name it would be answered. One whose
+// program can be read no longer, or only now, is likely to have become a set-user-ID program, or to have been one.
+func (p *Held) same(exe fs.FileInfo, unread error) error {
+	if err := p.Alive(); err != nil {
+		return err
+	}
+	if (unread == nil) != (p.Program != nil) || unread == nil && !os.SameFile(exe, p.Program) {
+		return fmt.Errorf("process %d runs another program than when it connected, or hides which", p.PID)
+	}
+	return nil
 }
 
 // path returns the program's path if it leads to the program. So one that was deleted has none ("/bin/a (deleted)"
@@ -141,8 +155,8 @@ func (p *Held) path(exe fs.FileInfo) string {
 	return path
 }
 
-// alive returns an error once the process has ended: its pidfd is readable then.
-func (p *Held) alive() error {
+// Alive returns an error once the process has ended: its pidfd is readable then.
+func (p *Held) Alive() error {
 	raw, err := p.Pidfd.SyscallConn()
 	if err != nil {
 		return fmt.Errorf("watch process %d: %w", p.PID, err)

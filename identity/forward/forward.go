@@ -222,13 +222,13 @@ func (s *server) attest(ctx context.Context, raw net.Conn) *conn {
 		c.refused = err
 		return c
 	}
-	if !s.slots.takeFor(p.uid) {
+	if !s.slots.takeFor(p.UID) {
 		p.close()
-		c.refused = fmt.Errorf("user %d has %d connections already", p.uid, maxUserConnections)
+		c.refused = fmt.Errorf("user %d has %d connections already", p.UID, maxUserConnections)
 		return c
 	}
 	c.process = p
-	c.release = func() { s.slots.release(&p.uid) }
+	c.release = func() { s.slots.release(&p.UID) }
 	return c
 }
 

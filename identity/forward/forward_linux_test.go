@@ -1287,7 +1287,7 @@ func TestSelectors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.close()
-	p.hashes = attest.NewHashes()
+	p.Hashes = attest.NewHashes()
 	ctx := context.WithValue(t.Context(), processKey{}, p)
 	program, err := os.ReadFile(app.program)
 	if err != nil {
@@ -1310,14 +1310,14 @@ func TestSelectors(t *testing.T) {
 			}
 		}
 	}
-	begun := p.exe
+	begun := p.Program
 	for name, before := range map[string]string{"another program": "/proc/self/exe", "an unreadable one": "/nonexistent"} {
-		p.exe, _ = os.Stat(before)
+		p.Program, _ = os.Stat(before)
 		if got, err := Selectors(ctx, nil); err == nil || !strings.Contains(err.Error(), "another program") {
 			t.Errorf("%s when it connected: got %v, %v", name, got, err)
 		}
 	}
-	p.exe = begun
+	p.Program = begun
 	app.in.Close()
 	_ = app.cmd.Wait()
 	if got, err := Selectors(ctx, nil); err == nil || !strings.Contains(err.Error(), "has ended") {

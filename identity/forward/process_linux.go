@@ -17,15 +17,8 @@ import (
 	"sallyport.dev/segment"
 )
 
-// process is held by a pidfd, which goes on meaning the same process when its PID is another's. What is read from
-// /proc/PID is therefore true of it if it is still alive after the reading.
-type process struct {
-	pid, uid, gid int // when it connected
-	pidfd         *os.File
-	exe           fs.FileInfo // the program that it ran when it was attested; nil if that could not be read
-
-	hashes *attest.Hashes // shared by all processes
-}
+// process is what package attest looks at, held for as long as its connections last.
+type process struct{ attest.Held }
 
 // key tells apart all processes that live at one moment, and what each was when it connected.
 type key struct {
@@ -34,9 +27,9 @@ type key struct {
 }
 
 func (p *process) key() key {
-	k := key{pid: p.pid, uid: p.uid, gid: p.gid}
-	if p.exe != nil {
-		s := unixStat(p.exe)
+	k := key{pid: p.PID, uid: p.UID, gid: p.GID}
+	if p.Program != nil {
+		s := unixStat(p.Program)
 		k.dev, k.ino = s.Dev, s.Ino
 	}
 	return k
@@ -72,11 +65,11 @@ func holdPeer(c *net.UnixConn) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p.uid, p.gid = int(cred.Uid), int(cred.Gid)
+	p.UID, p.GID = int(cred.Uid), int(cred.Gid)
 	// A pidfd that was opened by PID may be that of a process which has got the PID since the connection.
 	if old {
 		uid, gid, err := p.user()
-		if err == nil && (uid != p.uid || gid != p.gid) {
+		if err == nil && (uid != p.UID || gid != p.GID) {
 			err = errors.New("its process has ended and another has its PID")
 		}
 		if err != nil {
@@ -97,7 +90,7 @@ func holdPID(pid int) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	if p.uid, p.gid, err = p.user(); err != nil {
+	if p.UID, p.GID, err = p.user(); err != nil {
 		p.close()
 		return nil, err
 	}
@@ -108,14 +101,14 @@ func newProcess(pid, pidfd int) (*process, error) {
 	if err := unix.SetNonblock(pidfd, true); err != nil { // lets Go wait for it without a thread
 		return nil, errors.Join(fmt.Errorf("hold process %d: %w", pid, err), unix.Close(pidfd))
 	}
-	return &process{pid: pid, pidfd: os.NewFile(uintptr(pidfd), "pidfd")}, nil
+	return &process{attest.Held{PID: pid, Pidfd: os.NewFile(uintptr(pidfd), "pidfd")}}, nil
 }
 
 // begin notes which program runs.
 func (p *process) begin() (*process, error) {
 	// Not readable: it gets no selectors of its program, as in package attest.
-	p.exe, _ = os.Stat(p.proc("exe"))
-	if err := p.alive(); err != nil {
+	p.Program, _ = os.Stat(p.proc("exe"))
+	if err := p.Alive(); err != nil {
 		p.close()
 		return nil, err
 	}
@@ -124,25 +117,25 @@ func (p *process) begin() (*process, error) {
 
 // again returns the same process, held once more.
 func (p *process) again() (*process, error) {
-	raw, err := p.pidfd.SyscallConn()
+	raw, err := p.Pidfd.SyscallConn()
 	if err != nil {
-		return nil, fmt.Errorf("hold process %d: %w", p.pid, err)
+		return nil, fmt.Errorf("hold process %d: %w", p.PID, err)
 	}
 	var fd int
 	var dupErr error
 	err = raw.Control(func(old uintptr) { fd, dupErr = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
 	if err := errors.Join(err, dupErr); err != nil {
-		return nil, fmt.Errorf("hold process %d: %w", p.pid, err)
+		return nil, fmt.Errorf("hold process %d: %w", p.PID, err)
 	}
-	q, err := newProcess(p.pid, fd)
+	q, err := newProcess(p.PID, fd)
 	if err != nil {
 		return nil, err
 	}
-	q.uid, q.gid, q.exe, q.hashes = p.uid, p.gid, p.exe, p.hashes
+	q.UID, q.GID, q.Program, q.Hashes = p.UID, p.GID, p.Program, p.Hashes
 	return q, nil
 }
 
-func (p *process) close() { p.pidfd.Close() }
+func (p *process) close() { p.Pidfd.Close() }
 
 type processKey struct{}
 
@@ -153,52 +146,18 @@ func Selectors(ctx context.Context, kinds []string) ([]segment.Selector, error) 
 	if !ok {
 		return attest.Selectors(ctx, kinds)
 	}
-	held := attest.Held{PID: p.pid, UID: p.uid, GID: p.gid, Pidfd: p.pidfd, Program: p.exe, Hashes: p.hashes}
-	seen, err := held.Look(ctx, kinds)
+	seen, err := p.Look(ctx, kinds)
 	if err != nil {
 		return nil, err
 	}
 	return seen.Selectors(), nil
 }
 
-// check returns an error if the process has ended, or runs another program than when it was attested: else it could
-// ask and then become a trusted program, in whose name it would be answered.
-func (p *process) check() error {
-	exe, unread := os.Stat(p.proc("exe"))
-	if err := p.alive(); err != nil {
-		return err
-	}
-	// One whose program can be read no longer, or only now, is likely to have become a set-user-ID program, or to have
-	// been one.
-	if (unread == nil) != (p.exe != nil) || unread == nil && !os.SameFile(exe, p.exe) {
-		return fmt.Errorf("process %d runs another program than when it connected, or hides which", p.pid)
-	}
-	return nil
-}
-
-// alive returns an error once the process has ended.
-func (p *process) alive() error {
-	raw, err := p.pidfd.SyscallConn()
-	if err != nil {
-		return fmt.Errorf("watch process %d: %w", p.pid, err)
-	}
-	var ended bool
-	var pollErr error
-	err = raw.Control(func(fd uintptr) { ended, pollErr = readable(fd) })
-	if err := errors.Join(err, pollErr); err != nil {
-		return fmt.Errorf("watch process %d: %w", p.pid, err)
-	}
-	if ended {
-		return fmt.Errorf("process %d has ended", p.pid)
-	}
-	return nil
-}
-
 // wait returns when the process has ended, or is let go.
 func (p *process) wait() error {
-	raw, err := p.pidfd.SyscallConn()
+	raw, err := p.Pidfd.SyscallConn()
 	if err != nil {
-		return fmt.Errorf("watch process %d: %w", p.pid, err)
+		return fmt.Errorf("watch process %d: %w", p.PID, err)
 	}
 	var pollErr error
 	err = raw.Read(func(fd uintptr) bool {
@@ -207,9 +166,9 @@ func (p *process) wait() error {
 		return ended || pollErr != nil
 	})
 	if err := errors.Join(err, pollErr); err != nil {
-		return fmt.Errorf("watch process %d: %w", p.pid, err)
+		return fmt.Errorf("watch process %d: %w", p.PID, err)
 	}
-	return fmt.Errorf("process %d has ended", p.pid)
+	return fmt.Errorf("process %d has ended", p.PID)
 }
 
 // readable reports whether a pidfd is: its process has ended then.
@@ -226,13 +185,13 @@ func readable(pidfd uintptr) (bool, error) {
 func (p *process) user() (uid, gid int, err error) {
 	status, err := os.ReadFile(p.proc("status")) // the kernel bounds it
 	if err != nil {
-		return 0, 0, fmt.Errorf("look at process %d: %w", p.pid, err)
+		return 0, 0, fmt.Errorf("look at process %d: %w", p.PID, err)
 	}
 	if uid, err = effective(string(status), "Uid:"); err == nil {
 		gid, err = effective(string(status), "Gid:")
 	}
 	if err != nil {
-		return 0, 0, fmt.Errorf("look at process %d: %w", p.pid, err)
+		return 0, 0, fmt.Errorf("look at process %d: %w", p.PID, err)
 	}
 	return uid, gid, nil
 }
@@ -248,7 +207,7 @@ func effective(status, name string) (int, error) {
 	return 0, fmt.Errorf("its status has no %s", name)
 }
 
-func (p *process) proc(name string) string { return fmt.Sprintf("/proc/%d/%s", p.pid, name) }
+func (p *process) proc(name string) string { return fmt.Sprintf("/proc/%d/%s", p.PID, name) }
 
 // unixStat is what every FileInfo of package os holds on Linux.
 func unixStat(info fs.FileInfo) *syscall.Stat_t { return info.Sys().(*syscall.Stat_t) }

@@ -57,7 +57,7 @@ func (s *server) serve(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	c := r.Context().Value(connKey{}).(*conn)
 	err := c.refused
 	if err == nil {
-		err = c.process.check()
+		err = c.process.Check()
 	}
 	if err != nil {
 		w.Header().Set("Connection", "close") // it will not become anybody's

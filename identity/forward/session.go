@@ -52,8 +52,8 @@ func (s *server) session(ctx context.Context, p *process) (*session, error) {
 	k := p.key()
 	found := s.sessions[k]
 	// Two processes that are alive at one moment and have one PID are one process.
-	known := found != nil && found.process.alive() == nil
-	if err := p.alive(); err != nil {
+	known := found != nil && found.process.Alive() == nil
+	if err := p.Alive(); err != nil {
 		return nil, err
 	}
 	if !known {
@@ -112,7 +112,7 @@ func (s *session) run(ctx context.Context) {
 	if i := s.identity.Load(); i != nil {
 		i.conns.close()
 		i.retire()
-		s.server.Log.Info("identity let go", "caller", i.svid.ID.String(), "pid", s.process.pid, "error", s.err)
+		s.server.Log.Info("identity let go", "caller", i.svid.ID.String(), "pid", s.process.PID, "error", s.err)
 	}
 	end(nil)
 	s.process.close() // wakes who watches
@@ -203,7 +203,7 @@ func (s *session) renew(ctx context.Context, wallet *issuer.Wallet, bundles *iss
 	if renamed { // nothing goes on in the old name
 		before.conns.close()
 	}
-	s.server.Log.Info("identity in use", "caller", next.svid.ID.String(), "pid", s.process.pid,
+	s.server.Log.Info("identity in use", "caller", next.svid.ID.String(), "pid", s.process.PID,
 		"until", next.svid.Certificates[0].NotAfter)
 	return view, nil
 }

@@ -53,7 +53,7 @@ func (s *sockets) hold(ctx context.Context, c net.Conn) (*process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attest connection: %w", err)
 	}
-	p.hashes = s.hashes
+	p.Hashes = s.hashes
 	return p, nil
 }
 
@@ -99,15 +99,15 @@ func (s *sockets) owner(client, server netip.AddrPort) (*process, error) {
 		return nil, err
 	}
 	// The process that is held now has the PID of the one that was seen. It is that one if it holds the socket as well.
-	holds, err := holds(p.pid, map[uint64][]int{r.inode: nil})
+	holds, err := holds(p.PID, map[uint64][]int{r.inode: nil})
 	switch {
 	case err != nil:
 	case len(holds) == 0:
 		err = errors.New("its process has ended and another has its PID")
-	case p.uid != r.uid:
-		err = fmt.Errorf("user %d made the socket and process %d of user %d holds it", r.uid, p.pid, p.uid)
+	case p.UID != r.uid:
+		err = fmt.Errorf("user %d made the socket and process %d of user %d holds it", r.uid, p.PID, p.UID)
 	default:
-		err = p.check()
+		err = p.Check()
 	}
 	if err != nil {
 		p.close()
