@@ -296,12 +296,8 @@ func (c *checker) chooses(endpoint segment.EndpointName, filter *anypb.Any) {
 	}
 	for prefix, branch := range prefixes {
 		dynamic := run(branch).GetDynamicConfig()
-		kind, ok := strings.CutPrefix(dynamic.GetName(), RightsName(endpoint)+"/")
-		if cuts, is := strings.CutPrefix(kind, "rest/"); is {
-			_, kind, _ = strings.Cut(cuts, "/")
-			kind = "all/" + kind
-		}
-		if !ok || !c.extensions[dynamic.GetName()] || kind != "all/"+prefix {
+		e, begins, ok := shardOf(dynamic.GetName())
+		if !ok || e != endpoint || !c.extensions[dynamic.GetName()] || begins != prefix {
 			c.wrong("leads %q to %q, which does not exist or is another's", prefix, dynamic.GetName())
 		}
 		if !proto.Equal(dynamic.GetConfigDiscovery(), deniesUntil()) {

@@ -58,6 +58,22 @@ func (s shard) name(e segment.EndpointName) string {
 	return RightsName(e) + "/all/" + s.prefix
 }
 
+// shardOf is the endpoint and the prefix of a shard of this name, as name puts them together.
+func shardOf(name string) (e segment.EndpointName, prefix string, ok bool) {
+	parts := strings.SplitN(name, "/", 5)
+	if len(parts) < 5 || parts[0] != "authz" || parts[2] != "rights" {
+		return "", "", false
+	}
+	switch e, prefix = segment.EndpointName(parts[1]), parts[4]; parts[3] {
+	case "all":
+		return e, prefix, true
+	case "rest":
+		_, prefix, ok = strings.Cut(prefix, "/")
+		return e, prefix, ok
+	}
+	return "", "", false
+}
+
 // cut is split, and tells each rest what was cut out of it.
 func (l limits) cut(members []member) []shard {
 	shards := l.split(members, "", nil, nil)
@@ -146,8 +162,8 @@ func choice(e segment.EndpointName, shards []shard) proto.Message {
 // that began before: an endpoint's authorization in another form, or a shard by other cuts. It holds what holds now. It
 // returns nil if there is nothing of the kind, and the last one of this name, which may be nil, if that holds the same.
 func (r *Resources) Retained(name string, last *Kept) *Kept {
-	parts := strings.SplitN(name, "/", 5)
-	if len(parts) < 3 || parts[0] != "authz" || r.policy == nil {
+	parts := strings.SplitN(name, "/", 3)
+	if len(parts) < 3 || r.policy == nil {
 		return nil
 	}
 	e := segment.EndpointName(parts[1])
@@ -165,23 +181,22 @@ func (r *Resources) Retained(name string, last *Kept) *Kept {
 	case name == ClassRightsName(e):
 		from.classes = true
 	case name == RightsName(e):
-	case len(parts) == 5 && parts[2] == "rights" && (parts[3] == "all" || parts[3] == "rest"):
-		from.members = r.inside(e, name, parts[3] == "rest", parts[4])
 	default:
-		return nil
+		_, prefix, ok := shardOf(name)
+		if !ok {
+			return nil
+		}
+		from.members = r.inside(e, name, prefix)
 	}
 	return r.retain(name, from, last, func() proto.Message { return rights(policy, from) })
 }
 
-// inside are the members of a shard of this name.
-func (r *Resources) inside(e segment.EndpointName, name string, rest bool, prefix string) []member {
+// inside are the members of a shard of this name. Of other cuts, whoever was led there may be anybody with its prefix.
+func (r *Resources) inside(e segment.EndpointName, name, prefix string) []member {
 	for _, s := range r.forms[e].shards {
 		if s.name(e) == name {
 			return s.members
 		}
-	}
-	if rest { // of other cuts: whoever was led here may be anybody with this beginning
-		_, prefix, _ = strings.Cut(prefix, "/")
 	}
 	var inside []member
 	var family *member

@@ -317,6 +317,17 @@ func (p *plane) leave(c *client, gateway segment.GatewayName, names ...string) {
 }
 
 // Connections that began under another filter chain need its shards: they follow every generation until the gateway
+// has connects the gateway edge, and returns it when it has taken the extensions as generation g1.
+func (p *plane) has(r *envoy.Resources) *client {
+	p.Helper()
+	p.publishFor("edge", "g1", r)
+	c := p.connect("edge")
+	c.subscribe(ecds, namesOf(r)...)
+	c.take(ecds, namesOf(r)...)
+	p.inForce("g1")
+	return c
+}
+
 // lets go of them.
 func TestRetained(t *testing.T) {
 	p := newPlane(t)
@@ -367,11 +378,7 @@ func TestRetained(t *testing.T) {
 func TestRetainedUntilUnsubscribed(t *testing.T) {
 	p := newPlane(t)
 	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
-	p.publishFor("edge", "g1", many)
-	c := p.connect("edge")
-	c.subscribe(ecds, namesOf(many)...)
-	c.take(ecds, namesOf(many)...)
-	p.inForce("g1")
+	c := p.has(many)
 	p.publishFor("edge", "g2", few)
 	c.refuse(ecds, "no", shardsOf(many)...)
 	p.status(func(s Status) bool { return len(s.Rejected) > 0 && len(s.Pending) == len(shardsOf(many))+1 })
@@ -394,11 +401,7 @@ func TestRetainedUntilUnsubscribed(t *testing.T) {
 func TestReconnectWithRetained(t *testing.T) {
 	p := newPlane(t)
 	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
-	p.publishFor("edge", "g1", many)
-	c := p.connect("edge")
-	c.subscribe(ecds, namesOf(many)...)
-	c.take(ecds, namesOf(many)...)
-	p.inForce("g1")
+	c := p.has(many)
 	c.cancel()
 	p.status(func(s Status) bool { return !s.Connected })
 
@@ -653,11 +656,7 @@ func TestNobodyIsInForce(t *testing.T) {
 func TestRetainedIsForgotten(t *testing.T) {
 	p := newPlane(t)
 	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
-	p.publishFor("edge", "g1", many)
-	c := p.connect("edge")
-	c.subscribe(ecds, namesOf(many)...)
-	c.take(ecds, namesOf(many)...)
-	p.inForce("g1")
+	c := p.has(many)
 	p.publishFor("edge", "g2", few)
 	c.take(ecds, shardsOf(many)...)
 	c.cancel()
@@ -672,11 +671,7 @@ func TestRetainedIsForgotten(t *testing.T) {
 func TestUnsubscribeBeforeTheAnswer(t *testing.T) {
 	p := newPlane(t)
 	many, few := extensionsFor(0, 900), extensionsFor(850, 1100)
-	p.publishFor("edge", "g1", many)
-	c := p.connect("edge")
-	c.subscribe(ecds, namesOf(many)...)
-	c.take(ecds, namesOf(many)...)
-	p.inForce("g1")
+	c := p.has(many)
 	p.publishFor("edge", "g2", few)
 	c.send(&discoveryv3.DeltaDiscoveryRequest{TypeUrl: ecds, ResourceNamesUnsubscribe: shardsOf(many)})
 	c.take(ecds, shardsOf(many)...)
