@@ -13,12 +13,10 @@ import (
 
 	"github.com/spf13/pflag"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/sync/errgroup"
 
 	"sallyport.dev/controlplane"
 	"sallyport.dev/controlplane/operator"
-	"sallyport.dev/identity"
 	"sallyport.dev/identity/federation"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/node/nodepb"
@@ -146,80 +144,27 @@ func (s federated) Publish(_ context.Context, g *controlplane.Generation) error 
 	return nil
 }
 
-// retryOwn is how soon it is tried again to get the control plane's own identity.
-const retryOwn = 5 * time.Second
-
 // ownSVID is the control plane's own X.509-SVID, for what it serves to other machines.
 type ownSVID struct {
-	signer  issuer.Signer
-	entry   issuer.Entry
-	bundle  func() *spiffebundle.Bundle // of the own trust domain
-	log     *slog.Logger
+	issuer.Self
 	changed chan struct{} // of size 1: there are other authorities
-
-	wallet issuer.Wallet // of who opens it, and then of Run
-	svid   atomic.Pointer[x509svid.SVID]
 }
 
 func (p *plane) newOwnSVID() *ownSVID {
 	return &ownSVID{
-		signer: p.local, entry: issuer.Entry{ID: nodepb.ControlPlane(p.options.TrustDomain), TTL: p.options.SVIDTTL},
-		bundle: func() *spiffebundle.Bundle { return p.bundles.now().Own }, log: p.log, changed: make(chan struct{}, 1),
+		Self: issuer.Self{
+			Signer: p.local, Entry: issuer.Entry{ID: nodepb.ControlPlane(p.options.TrustDomain), TTL: p.options.SVIDTTL},
+			Bundle: func() *spiffebundle.Bundle { return p.bundles.now().Own }, Log: p.log,
+		},
+		changed: make(chan struct{}, 1),
 	}
-}
-
-// GetX509SVID makes it an x509svid.Source.
-func (o *ownSVID) GetX509SVID() (*x509svid.SVID, error) {
-	svid := o.svid.Load()
-	if svid == nil {
-		return nil, errors.New("the control plane has no identity yet")
-	}
-	return svid, nil
-}
-
-// certificate is what a TLS server shows.
-func (o *ownSVID) certificate() (*tls.Certificate, error) {
-	svid, err := o.GetX509SVID()
-	if err != nil {
-		return nil, err
-	}
-	return tlsCertificate(svid), nil
-}
-
-func tlsCertificate(svid *x509svid.SVID) *tls.Certificate {
-	c := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: svid.Certificates[0]}
-	for _, cert := range svid.Certificates {
-		c.Certificate = append(c.Certificate, cert.Raw)
-	}
-	return c
-}
-
-// renew gets one if there is none, if it is time, or if nobody trusts any longer whoever signed the last. It returns when
-// to come again.
-func (o *ownSVID) renew(ctx context.Context) (due <-chan time.Time) {
-	if svid, own := o.svid.Load(), o.bundle(); svid != nil && own != nil {
-		if _, err := identity.Verify(svid.Certificates, own.X509Bundle(), time.Now()); err != nil {
-			o.wallet = issuer.Wallet{}
-		}
-	}
-	changed, err := o.wallet.Renew(ctx, o.signer, []issuer.Entry{o.entry})
-	if err != nil {
-		if ctx.Err() == nil {
-			o.log.Error("no identity for the control plane", "error", err)
-		}
-		return time.After(retryOwn) // the wallet's own time may be past
-	}
-	if changed {
-		o.svid.Store(o.wallet.SVIDs()[0])
-	}
-	return o.wallet.Due()
 }
 
 // Run keeps it until the context ends.
 func (o *ownSVID) Run(ctx context.Context) error {
 	for {
 		select {
-		case <-o.renew(ctx):
+		case <-o.Renew(ctx):
 		case <-o.changed:
 		case <-ctx.Done():
 			return nil

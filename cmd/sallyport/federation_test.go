@@ -117,7 +117,7 @@ func TestBundleEndpointShowsSVID(t *testing.T) {
 	if _, err := gospiffe.FetchBundle(t.Context(), exampleOrg, url, gospiffe.WithSPIFFEAuth(another, id)); err == nil {
 		t.Error("verified by another bundle")
 	}
-	if _, err := p.own.certificate(); err != nil {
+	if _, err := p.own.Certificate(); err != nil {
 		t.Error(err)
 	}
 	st := statusOf(t, p)
@@ -194,7 +194,7 @@ func TestOwnSVIDFollowsAuthorities(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- p.own.Run(ctx) }()
 		synctest.Wait()
-		if _, err := p.own.certificate(); err == nil {
+		if _, err := p.own.Certificate(); err == nil {
 			t.Error("an identity by no authority")
 		}
 		holds := func(step string, by identity.Authorities) *big.Int {

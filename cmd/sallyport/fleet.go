@@ -30,6 +30,7 @@ import (
 	"sallyport.dev/identity"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/node"
+	"sallyport.dev/identity/node/nodepb"
 	"sallyport.dev/segment"
 )
 
@@ -307,5 +308,5 @@ func (s assignments) assign(e issuer.Entry, nodes ...segment.NodeName) node.Assi
 
 // agentID is the agent of a node, by the name that documents give it.
 func agentID(td spiffeid.TrustDomain, name segment.NodeName) (spiffeid.ID, error) {
-	return spiffeid.FromPath(td, "/agent/"+string(name))
+	return nodepb.Agent(td, string(name))
 }

@@ -191,7 +191,7 @@ func (p *plane) openIssuer(ctx context.Context) error {
 	if err := p.openAuthority(ctx); err != nil {
 		return err
 	}
-	p.own.renew(ctx) // so that whoever comes first finds one
+	p.own.Renew(ctx) // so that whoever comes first finds one
 	var err error
 	p.follower, err = federation.New(federation.Config{
 		TrustDomain: p.options.TrustDomain, Own: func() *spiffebundle.Bundle { return p.bundles.now().Own },

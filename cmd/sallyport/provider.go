@@ -12,6 +12,7 @@ import (
 
 	"sallyport.dev/controlplane/operator"
 	"sallyport.dev/identity/federation"
+	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/provider"
 )
 
@@ -57,13 +58,13 @@ func (p *plane) serveIdentity(ctx context.Context, group *errgroup.Group) {
 // certificate is the control plane's own X.509-SVID.
 func (p *plane) certificate() (*tls.Certificate, error) {
 	if p.provider == nil {
-		return p.own.certificate()
+		return p.own.Certificate()
 	}
 	svid, err := p.provider.GetX509SVID()
 	if err != nil {
 		return nil, err
 	}
-	return tlsCertificate(svid), nil
+	return issuer.Certificate(svid), nil
 }
 
 // believes is whom the control plane believes who it is: members of the own trust domain only.

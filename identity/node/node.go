@@ -24,13 +24,12 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 
-	"sallyport.dev/identity"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/node/nodepb"
 )
@@ -40,7 +39,6 @@ const (
 	maxStreams     = 64       // calls at a time on one connection
 	maxMessage     = 64 << 10 // a chain of certificates is the largest that an agent sends
 	maxHeaders     = 16 << 10
-	retrySVID      = 5 * time.Second
 )
 
 // Config is what a server is made of.
@@ -75,7 +73,7 @@ type Server struct {
 
 	mu    sync.Mutex // for writers
 	state atomic.Pointer[state]
-	svid  atomic.Pointer[x509svid.SVID]
+	self  *issuer.Self
 }
 
 // state is what is in force. It is immutable, but for changed, which is closed when it no longer is.
@@ -103,6 +101,8 @@ func Open(c Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{config: c, tokens: tokens, agents: agents}
+	s.self = &issuer.Self{Signer: c.Certifier, Entry: issuer.Entry{ID: nodepb.ControlPlane(c.TrustDomain), TTL: c.TTL},
+		Bundle: func() *spiffebundle.Bundle { return s.state.Load().source.Own }, Log: c.Log}
 	if len(c.X509POP) > 0 {
 		s.roots = x509.NewCertPool()
 		for _, ca := range c.X509POP {
@@ -219,37 +219,18 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	return nil
 }
 
-// keepSVID keeps the control plane's own SVID: renewed in time, and another one once agents no longer trust whoever
-// signed it. It says when it has tried to get the first one.
+// keepSVID keeps the control plane's own SVID, and looks again when agents trust others. It says when it has tried to get
+// the first one.
 func (s *Server) keepSVID(ctx context.Context, tried func()) {
 	defer tried()
-	var wallet issuer.Wallet
-	self := []issuer.Entry{{ID: nodepb.ControlPlane(s.config.TrustDomain), TTL: s.config.TTL}}
 	for {
-		st := s.state.Load()
-		if own := st.source.Own; own != nil && s.svid.Load() != nil {
-			if _, err := identity.Verify(s.svid.Load().Certificates, own.X509Bundle(), time.Now()); err != nil {
-				wallet = issuer.Wallet{}
-			}
-		}
-		var due <-chan time.Time
-		switch changed, err := wallet.Renew(ctx, s.config.Certifier, self); {
-		case ctx.Err() != nil:
-			return
-		case err != nil:
-			s.config.Log.Error("no identity for the control plane", "error", err)
-			due = time.After(retrySVID) // the wallet's own time may be past
-		case changed:
-			s.svid.Store(wallet.SVIDs()[0])
-			fallthrough
-		default:
-			due = wallet.Due()
-		}
+		changed := s.state.Load().changed
+		due := s.self.Renew(ctx)
 		tried()
 		select {
 		case <-ctx.Done():
 			return
-		case <-st.changed:
+		case <-changed:
 		case <-due:
 		}
 	}
@@ -262,20 +243,6 @@ func (s *Server) tlsConfig() *tls.Config {
 		MinVersion:             tls.VersionTLS13,
 		ClientAuth:             tls.RequestClientCert,
 		SessionTicketsDisabled: true,
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			svid := s.svid.Load()
-			if svid == nil {
-				return nil, errors.New("the control plane has no identity yet")
-			}
-			return certificate(svid), nil
-		},
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.self.Certificate() },
 	}
-}
-
-func certificate(svid *x509svid.SVID) *tls.Certificate {
-	c := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: svid.Certificates[0]}
-	for _, cert := range svid.Certificates {
-		c.Certificate = append(c.Certificate, cert.Raw)
-	}
-	return c
 }
