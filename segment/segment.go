@@ -33,6 +33,7 @@ type Config struct {
 	Workloads   []Workload
 	Grants      []Grant
 	Federated   []TrustDomain // the other trust domains whose members can be authenticated
+	Issuers     []TokenIssuer // whose tokens can be
 }
 
 // Endpoint returns the endpoint of this name, or nil.
@@ -87,6 +88,7 @@ type Endpoint struct {
 	Models []Model
 	// Database is where a Chroma collection lives whose name says no more.
 	Database Database
+	Tokens   *Tokens // nil: callers have client certificates, all of them
 }
 
 // ModelNames are the names and aliases of all models, which then are all resources that there are; nil: unknown.
