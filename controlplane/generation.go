@@ -29,28 +29,28 @@ type Generation struct {
 	Digest    Digest
 	Config    segment.Config
 	Policy    *authz.Policy
-	Names     envoy.Names
+	Learned   envoy.Learned
 	Resources map[segment.GatewayName]*envoy.Resources
 	Made      time.Time
 }
 
 // Generate makes and checks a generation. An error is a defect of ours, not of the user's documents.
-func Generate(cfg segment.Config, names envoy.Names, now time.Time) (*Generation, error) {
-	return Regenerate(nil, cfg, names, now)
+func Generate(cfg segment.Config, learned envoy.Learned, now time.Time) (*Generation, error) {
+	return Regenerate(nil, cfg, learned, now)
 }
 
 // Regenerate is Generate for one who has an earlier generation, or nil. What it makes is the same; it is sooner made,
 // because what did not change is taken over.
-func Regenerate(last *Generation, cfg segment.Config, names envoy.Names, now time.Time) (*Generation, error) {
+func Regenerate(last *Generation, cfg segment.Config, learned envoy.Learned, now time.Time) (*Generation, error) {
 	if last == nil {
 		last = &Generation{}
 	}
-	g := &Generation{Config: cfg, Policy: authz.Recompile(last.Policy, &cfg, now), Names: names, Made: now}
+	g := &Generation{Config: cfg, Policy: authz.Recompile(last.Policy, &cfg, now), Learned: learned, Made: now}
 	g.Resources = make(map[segment.GatewayName]*envoy.Resources, len(cfg.Gateways))
 	earlier := slices.Collect(maps.Values(last.Resources))
 	for _, gateway := range cfg.Gateways {
 		only := cfg.For(gateway)
-		r := envoy.Lower(&only, g.Policy, names, earlier...)
+		r := envoy.Lower(&only, g.Policy, learned, earlier...)
 		if err := envoy.Check(r, earlier...); err != nil {
 			return nil, fmt.Errorf("check what was lowered for gateway %s: %w", gateway.Name, err)
 		}
@@ -76,6 +76,9 @@ func digest(g *Generation) Digest {
 	}
 	for _, td := range g.Config.Federated {
 		fmt.Fprintf(h, "%+v\n", td)
+	}
+	for _, issuer := range g.Config.Issuers {
+		fmt.Fprintf(h, "%+v\n", issuer)
 	}
 	return Digest(hex.EncodeToString(h.Sum(nil)))
 }

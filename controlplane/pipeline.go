@@ -29,6 +29,7 @@ type Pipeline struct {
 	Options   v1alpha1.Options
 	Documents <-chan v1alpha1.Snapshot // newest wins
 	Names     <-chan envoy.Names       // newest wins
+	Keys      <-chan envoy.Keys        // newest wins
 	Sinks     []Sink                   // told in this order
 	Log       *slog.Logger
 
@@ -51,7 +52,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	var (
 		cfg      *segment.Config // of the newest good documents; nil: none yet
 		problems segment.Problems
-		names    envoy.Names
+		learned  envoy.Learned
 		noticed  time.Time // when the source noticed the newest documents; zero: something else has changed
 		next     time.Time // when time alone changes the policy; zero: never
 	)
@@ -70,9 +71,10 @@ func (p *Pipeline) Run(ctx context.Context) error {
 				continue
 			}
 			cfg = &assembled
-		case names = <-p.Names: // 2. a store has other collections now
-		case <-expiry.C: // 3. a grant has expired
-		case <-clock.C: // 4. or the clock has jumped past its end
+		case learned.Names = <-p.Names: // 2. a store has other collections now
+		case learned.Keys = <-p.Keys: // 3. tokens are signed with other keys now
+		case <-expiry.C: // 4. a grant has expired
+		case <-clock.C: // 5. or the clock has jumped past its end
 			if next.IsZero() || time.Now().Before(next) {
 				continue
 			}
@@ -82,7 +84,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		if cfg == nil {
 			continue
 		}
-		g, err := Regenerate(p.State().Generation, *cfg, names, time.Now())
+		g, err := Regenerate(p.State().Generation, *cfg, learned, time.Now())
 		if err != nil {
 			p.Log.Error("generation refused", "error", err)
 			p.state.Store(&State{Generation: p.State().Generation, Problems: problems, Failure: err.Error()})

@@ -109,7 +109,7 @@ func TestNothingBeforeTheFirstDocuments(t *testing.T) {
 		}
 		l.edit(endpoints())
 		l.wantPublished(1)
-		if got := l.published()[0].Names["docs"]["x"]; got != "y" {
+		if got := l.published()[0].Learned.Names["docs"]["x"]; got != "y" {
 			t.Errorf("names that came early are lost: %q", got)
 		}
 		if s := l.State(); len(s.Problems) != 0 {
@@ -239,7 +239,7 @@ func TestDigest(t *testing.T) {
 		if problems != nil {
 			t.Fatal(problems)
 		}
-		g, err := Generate(config, names, time.Unix(0, 0))
+		g, err := Generate(config, envoy.Learned{Names: names}, time.Unix(0, 0))
 		if err != nil {
 			t.Fatal(err)
 		}

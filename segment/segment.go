@@ -46,6 +46,16 @@ func (c *Config) Endpoint(name EndpointName) *Endpoint {
 	return nil
 }
 
+// Issuer returns the issuer of this name, or nil.
+func (c *Config) Issuer(name IssuerName) *TokenIssuer {
+	for i := range c.Issuers {
+		if c.Issuers[i].Name == name {
+			return &c.Issuers[i]
+		}
+	}
+	return nil
+}
+
 // For is the configuration as one gateway may see it: its own endpoints, and nothing of another gateway.
 func (c *Config) For(g Gateway) Config {
 	only := *c
@@ -63,6 +73,8 @@ type Gateway struct {
 	Name   GatewayName
 	ID     spiffeid.ID    // whom the gateway is, to callers and to the control plane
 	Listen netip.AddrPort // where it accepts mTLS connections
+	// Address is where callers on other machines reach it; zero: at Listen, if that is one address.
+	Address Address
 	// SVIDTTL is the lifetime of the X.509-SVIDs that callers hold. No connection lives as long.
 	SVIDTTL time.Duration
 	// Node is the agent on whose machine it runs, and Selectors are how its Envoy is recognised there; empty for the

@@ -42,7 +42,7 @@ shows all problems. It changes nothing and asks nobody. Exit status 1 if there i
 			if err != nil {
 				return err
 			}
-			g, err := controlplane.Generate(cfg, nil, time.Now())
+			g, err := controlplane.Generate(cfg, envoy.Learned{}, time.Now())
 			if err != nil {
 				return failed("this is a defect of Sallyport: please report it with your documents", "%w", err)
 			}
@@ -284,7 +284,7 @@ func rendered(cmd *cobra.Command, d *deployment, from, state, gateway string) (j
 	if err != nil {
 		return nil, err
 	}
-	g, err := controlplane.Generate(cfg, nil, time.Now())
+	g, err := controlplane.Generate(cfg, envoy.Learned{}, time.Now())
 	if err != nil {
 		return nil, err
 	}

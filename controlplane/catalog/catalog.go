@@ -227,7 +227,7 @@ func (c *Catalog) settle(ctx context.Context, endpoint segment.EndpointName, ids
 		names := c.names[endpoint]
 		c.mu.Unlock()
 		g, published := c.current()
-		if !slices.ContainsFunc(ids, func(id string) bool { return g.Names[endpoint][id] != names[id] }) {
+		if !slices.ContainsFunc(ids, func(id string) bool { return g.Learned.Names[endpoint][id] != names[id] }) {
 			return c.InForce(ctx)
 		}
 		select {

@@ -134,14 +134,14 @@ func newFixture(t *testing.T, address string) *fixture {
 	f.catalog = &Catalog{Every: 50 * time.Millisecond, Log: slog.New(slog.DiscardHandler), InForce: func(context.Context) error { return nil }}
 	f.catalog.Learned = func(n envoy.Names) { // the pipeline, as far as it matters here
 		f.told.Store(&n)
-		g, err := controlplane.Generate(cfg, n, time.Now())
+		g, err := controlplane.Generate(cfg, envoy.Learned{Names: n}, time.Now())
 		if err != nil {
 			t.Error(err)
 			return
 		}
 		go func() { _ = f.catalog.Publish(context.Background(), g) }()
 	}
-	g, err := controlplane.Generate(cfg, nil, time.Now())
+	g, err := controlplane.Generate(cfg, envoy.Learned{}, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -409,7 +409,7 @@ func TestClientsWaitForGateways(t *testing.T) {
 	var inForce map[string]string
 	f.catalog.InForce = func(context.Context) error {
 		g, _ := f.catalog.current()
-		inForce = g.Names["docs"]
+		inForce = g.Learned.Names["docs"]
 		return nil
 	}
 	if code, _ := f.ask("owner", "modify-collection", "PUT", "/collections/"+id, `{"new_name":"public-two"}`); code != 200 || inForce[id] != "public-two" {

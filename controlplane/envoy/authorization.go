@@ -81,12 +81,14 @@ func (r *Resources) authorization(e *segment.Endpoint, policy *authz.Endpoint, n
 	}
 	r.forms[e.Name] = f
 	from := origin{members: all, shadowed: policy.Shadowed, classes: f.classes}
+	callers := origin{tokens: e.Tokens != nil}
 	var extensions []*corev3.TypedExtensionConfig
 	if f.classes {
-		extensions = append(extensions, r.extension(ClassesName(e.Name), from, func() proto.Message { return members(from) }),
+		callers.members, callers.classes = all, true
+		extensions = append(extensions, r.extension(ClassesName(e.Name)+told(callers.tokens), callers, func() proto.Message { return members(callers) }),
 			r.extension(ClassRightsName(e.Name), from, func() proto.Message { return rights(policy, from) }))
 	} else {
-		extensions = append(extensions, r.extension(MembersName(e.Name), origin{}, func() proto.Message { return members(origin{}) }))
+		extensions = append(extensions, r.extension(MembersName(e.Name)+told(callers.tokens), callers, func() proto.Message { return members(callers) }))
 	}
 	if addressesByID(e.Protocol) {
 		extensions = append(extensions, extension(NamesName(e.Name), resolve(names)))
@@ -109,12 +111,12 @@ type form struct {
 
 // origin is what one resource is made of.
 type origin struct {
-	members           []member
-	classes, shadowed bool
+	members                   []member
+	classes, shadowed, tokens bool
 }
 
 func (o origin) equal(other origin) bool {
-	return o.shadowed == other.shadowed && o.classes == other.classes && slices.Equal(o.members, other.members)
+	return o.shadowed == other.shadowed && o.classes == other.classes && o.tokens == other.tokens && slices.Equal(o.members, other.members)
 }
 
 type made struct {
@@ -157,7 +159,7 @@ func leaves(c *authz.Class) (n int) {
 // members is the filter that sets the class.
 func members(from origin) proto.Message {
 	if !from.classes {
-		return setState(state{stateClass, "%DOWNSTREAM_PEER_URI_SAN%"})
+		return setState(state{stateClass, callerFormat(from.tokens)})
 	}
 	exact, prefix := branches{}, branches{}
 	set := map[*authz.Class]*matcherv3.Matcher_OnMatch{}
@@ -167,7 +169,8 @@ func members(from origin) proto.Message {
 		}
 		exact.or(prefix, m.caller)[m.caller.Stem()] = set[m.class]
 	}
-	return matched(exactly(callerInput(), exact, longest(callerInput(), prefix, nil)))
+	caller := callerInput(from.tokens)
+	return matched(exactly(caller, exact, longest(caller, prefix, nil)))
 }
 
 // resolve is the filter that turns a UUID into the name of what it belongs to. What it does not know stays unresolved.
@@ -306,8 +309,20 @@ func stateInput(key string) *xdscorev3.TypedExtensionConfig {
 	return &xdscorev3.TypedExtensionConfig{Name: key, TypedConfig: pack(&networkinputv3.FilterStateInput{Key: key})}
 }
 
-func callerInput() *xdscorev3.TypedExtensionConfig {
+// callerInput is the caller's SPIFFE ID, for matchers.
+func callerInput(tokens bool) *xdscorev3.TypedExtensionConfig {
+	if tokens {
+		return stateInput(stateCaller)
+	}
 	return &xdscorev3.TypedExtensionConfig{Name: "caller", TypedConfig: pack(&sslinputv3.UriSanInput{})}
+}
+
+// callerFormat is the caller's SPIFFE ID, for texts.
+func callerFormat(tokens bool) string {
+	if tokens {
+		return "%FILTER_STATE(" + stateCaller + ":PLAIN)%"
+	}
+	return "%DOWNSTREAM_PEER_URI_SAN%"
 }
 
 func extension(name string, config proto.Message) *corev3.TypedExtensionConfig {

@@ -18,10 +18,10 @@ import (
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	commonmatchingv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/matching/v3"
 	compositev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/composite/v3"
+	jwtv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/jwt_authn/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
-	sslinputv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/ssl/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -80,6 +80,9 @@ func Check(r *Resources, passed ...*Resources) error {
 		c.everywhere(held)
 		if parts := strings.SplitN(x.Name, "/", 4); len(parts) > 2 && parts[2] == "rights" {
 			c.rights(held)
+		}
+		if strings.HasPrefix(x.Name, TokensName("")) {
+			c.verifies(held)
 		}
 	}
 	c.opened = nil
@@ -160,7 +163,7 @@ func (c *checker) listener(x *listenerv3.Listener) {
 			}
 			taken[name] = chain.Name
 		}
-		c.downstream(chain.TransportSocket.GetTypedConfig())
+		tokens := c.downstream(chain.TransportSocket.GetTypedConfig())
 		if len(chain.Filters) != 1 {
 			c.wrong("has %d network filters, not one", len(chain.Filters))
 			continue
@@ -170,7 +173,7 @@ func (c *checker) listener(x *listenerv3.Listener) {
 			continue
 		}
 		endpoint := segment.EndpointName(chain.Name)
-		if name := manager.GetRds().GetRouteConfigName(); name != RoutesName(endpoint) || !c.routes[name] {
+		if name := manager.GetRds().GetRouteConfigName(); name != routesName(endpoint, tokens) || !c.routes[name] {
 			c.wrong("has routes %q, which do not exist or are another's", name)
 		}
 		if len(manager.UpgradeConfigs) > 0 {
@@ -179,7 +182,7 @@ func (c *checker) listener(x *listenerv3.Listener) {
 		if manager.GetCommonHttpProtocolOptions().GetMaxConnectionDuration().AsDuration() <= 0 {
 			c.wrong("has connections that never end")
 		}
-		c.filters(endpoint, manager.HttpFilters)
+		c.filters(endpoint, tokens, manager.HttpFilters)
 	}
 }
 
@@ -188,13 +191,11 @@ func exactNames(names []string) bool {
 	return len(names) > 0 && !slices.ContainsFunc(names, func(s string) bool { return s == "" || strings.Contains(s, "*") })
 }
 
-func (c *checker) downstream(socket *anypb.Any) {
+// downstream reports whether callers need no client certificate; then they need a token, and the filters must see to it.
+func (c *checker) downstream(socket *anypb.Any) (tokens bool) {
 	tls := &tlsv3.DownstreamTlsContext{}
 	if !c.unpack(socket, tls) {
-		return
-	}
-	if !tls.GetRequireClientCertificate().GetValue() {
-		c.wrong("does not require a client certificate")
+		return false
 	}
 	if !tls.GetDisableStatelessSessionResumption() || !tls.GetDisableStatefulSessionResumption() {
 		c.wrong("resumes sessions, which skips the validation of certificates")
@@ -209,24 +210,31 @@ func (c *checker) downstream(socket *anypb.Any) {
 	if s := common.GetTlsCertificateSdsSecretConfigs(); len(s) != 1 || !strings.HasPrefix(s[0].Name, "spiffe://") {
 		c.wrong("has another certificate than an SVID")
 	}
+	return !tls.GetRequireClientCertificate().GetValue()
 }
 
 // filters demands: every discovered filter exists and denies while it is missing, rights come after all that
 // prepare the question, in its order, and directly before the router, which comes last.
-func (c *checker) filters(endpoint segment.EndpointName, filters []*hcmv3.HttpFilter) {
+func (c *checker) filters(endpoint segment.EndpointName, tokens bool, filters []*hcmv3.HttpFilter) {
 	n := len(filters)
-	members, rights := MembersName(endpoint), RightsName(endpoint)
-	if c.extensions[ClassesName(endpoint)] {
-		members, rights = ClassesName(endpoint), ClassRightsName(endpoint)
+	members, rights := MembersName(endpoint)+told(tokens), RightsName(endpoint)
+	if classes := ClassesName(endpoint) + told(tokens); c.extensions[classes] {
+		members, rights = classes, ClassRightsName(endpoint)
 	}
 	if n < 2 || !filters[n-1].GetTypedConfig().MessageIs(&routerv3.Router{}) || filters[n-2].Name != rights {
 		c.wrong("does not decide directly before it forwards")
 	} else if filters[n-2].GetConfigDiscovery() == nil {
-		c.chooses(endpoint, filters[n-2].GetTypedConfig())
+		c.chooses(endpoint, tokens, filters[n-2].GetTypedConfig())
 	}
 	order := []string{bodyFilter, extractFilter, judgedFilter, members, questionFilter, rights, routerFilter}
 	if c.extensions[NamesName(endpoint)] {
 		order = slices.Insert(order, 4, NamesName(endpoint))
+	}
+	if tokens {
+		order = slices.Insert(order, 0, TokensName(endpoint), callerFilter)
+		if n < 2 || !proto.Equal(filters[1].GetTypedConfig(), pack(identifier())) {
+			c.wrong("requires no client certificate, and lets in whoever has no token either")
+		}
 	}
 	if !slices.EqualFunc(filters, order, func(f *hcmv3.HttpFilter, name string) bool { return f.Name == name }) {
 		c.wrong("has other filters than %s", strings.Join(order, ", "))
@@ -265,8 +273,38 @@ func (c *checker) rights(held proto.Message) {
 	}
 }
 
+// verifies demands that claims are believed only if they are for this endpoint, have an end, are of somebody who may speak
+// of the caller that they stand for, and are signed by a key that was sent along.
+func (c *checker) verifies(held proto.Message) {
+	filter, ok := held.(*jwtv3.JwtAuthentication)
+	if !ok {
+		c.wrong("verifies no tokens")
+		return
+	}
+	for name, p := range filter.Providers {
+		how, stem, _ := strings.Cut(p.PayloadInMetadata, ":")
+		subjects := p.GetSubjects().GetPrefix()
+		switch {
+		case how == "svid" && (subjects != stem || p.Issuer != ""), how == "subject" && p.Issuer == "", how != "svid" && how != "subject",
+			!strings.HasPrefix(stem, "spiffe://") || !strings.HasSuffix(stem, "/"):
+			c.wrong("believes claims of %s that it can't make", name)
+		case len(p.Audiences) == 0 || slices.Contains(p.Audiences, ""):
+			c.wrong("takes tokens of %s that are for anybody", name)
+		case !p.RequireExpiration || p.ClockSkewSeconds != 1:
+			c.wrong("takes tokens of %s that have no end, or have had it", name)
+		case p.GetLocalJwks().GetInlineString() == "":
+			c.wrong("has no keys of %s", name)
+		case len(p.FromHeaders) != 1 || len(p.FromParams)+len(p.FromCookies) > 0 || p.Forward || p.ForwardPayloadHeader != "" || len(p.ClaimToHeaders) > 0:
+			c.wrong("takes tokens of %s from where they are no secret, or passes them on", name)
+		}
+	}
+	if len(filter.Rules) != 1 || len(filter.RequirementMap) > 0 || filter.FilterStateRules != nil || filter.BypassCorsPreflight {
+		c.wrong("does not look at the tokens of all requests")
+	}
+}
+
 // chooses demands that a caller is led to one of this endpoint's rights by its own name, and everybody else to the default deny.
-func (c *checker) chooses(endpoint segment.EndpointName, filter *anypb.Any) {
+func (c *checker) chooses(endpoint segment.EndpointName, tokens bool, filter *anypb.Any) {
 	choice := &commonmatchingv3.ExtensionWithMatcher{}
 	if !c.unpack(filter, choice) {
 		return
@@ -275,7 +313,7 @@ func (c *checker) chooses(endpoint segment.EndpointName, filter *anypb.Any) {
 		c.wrong("runs something else than what it chooses")
 	}
 	tree := choice.GetXdsMatcher().GetMatcherTree()
-	if !tree.GetInput().GetTypedConfig().MessageIs(&sslinputv3.UriSanInput{}) {
+	if !proto.Equal(tree.GetInput(), callerInput(tokens)) {
 		c.wrong("chooses by something else than the caller")
 	}
 	run := func(on *matcherv3.Matcher_OnMatch) *compositev3.ExecuteFilterAction {

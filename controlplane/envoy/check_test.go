@@ -217,7 +217,7 @@ var mutations = []mutation{
 		})
 	}},
 	{"routes of another endpoint", func(v victim) {
-		v.manager(func(m *hcmv3.HttpConnectionManager) { m.GetRds().RouteConfigName = RoutesName("docs") })
+		v.manager(func(m *hcmv3.HttpConnectionManager) { m.GetRds().RouteConfigName = routesName("docs", false) })
 	}},
 	{"every host name", func(v victim) { v.Routes[0].VirtualHosts[0].Domains = []string{"*"} }},
 	{"wildcard host name", func(v victim) { v.Routes[0].VirtualHosts[0].Domains = []string{"*.internal"} }},

@@ -40,6 +40,12 @@ type Resources struct {
 	versions map[proto.Message]string
 }
 
+// Learned is what a configuration depends on that no document says.
+type Learned struct {
+	Names Names
+	Keys  Keys
+}
+
 // Names tells, for each endpoint whose protocol addresses resources by UUID, which UUID is which resource's now.
 type Names map[segment.EndpointName]map[string]string
 
@@ -59,16 +65,19 @@ const validationSecret = "ALL"
 //
 // What is equal in earlier resources is taken over: the result is the same, sooner made, and extensions that are as they
 // were are the same pointers.
-func Lower(cfg *segment.Config, policy *authz.Policy, names Names, earlier ...*Resources) *Resources {
-	return lower(defaultLimits, cfg, policy, names, earlier...)
+func Lower(cfg *segment.Config, policy *authz.Policy, learned Learned, earlier ...*Resources) *Resources {
+	return lower(defaultLimits, cfg, policy, learned, earlier...)
 }
 
-func lower(l limits, cfg *segment.Config, policy *authz.Policy, names Names, earlier ...*Resources) *Resources {
+func lower(l limits, cfg *segment.Config, policy *authz.Policy, learned Learned, earlier ...*Resources) *Resources {
 	r := &Resources{policy: policy, limits: l, members: map[segment.EndpointName][]member{}, forms: map[segment.EndpointName]form{}, earlier: earlier, made: map[string]made{}}
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
 		r.Routes = append(r.Routes, routes(e))
-		r.Extensions = append(r.Extensions, r.authorization(e, policy.Endpoints[e.Name], names[e.Name])...)
+		r.Extensions = append(r.Extensions, r.authorization(e, policy.Endpoints[e.Name], learned.Names[e.Name])...)
+		if e.Tokens != nil {
+			r.Extensions = append(r.Extensions, extension(TokensName(e.Name), verifier(cfg, e, learned.Keys)))
+		}
 		clusters, assignments := backends(e, cfg.Gateway)
 		r.Clusters = append(r.Clusters, clusters...)
 		r.Assignments = append(r.Assignments, assignments...)

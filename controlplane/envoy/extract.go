@@ -19,6 +19,7 @@ import (
 //	id        or the UUID of it, which the names filter turns into a name
 //	resolved  "=", once everything about the request has been judged and the name is known
 //	refused   or why it can't be judged
+//	caller, ends   at endpoints that take tokens: who asks, and until when that holds, in seconds (tokens.go)
 //	input_tokens, output_tokens   usage, as the answer tells it
 //
 // Whoever replaces the stage replaces this file and extract.lua; all that follows reads the same.
@@ -27,7 +28,9 @@ import (
 var extractScript string
 
 // extractor is the filter.
-func extractor() proto.Message { return &luav3.Lua{DefaultSourceCode: inline(extractScript)} }
+func extractor() proto.Message {
+	return &luav3.Lua{DefaultSourceCode: inline(callerScript + extractScript)}
+}
 
 // extraction tells the filter, for one route, where to find the resource: from "body" with a key; from "path" or
 // "id" with the number of the segment, counted from 1 behind the first slash, and whether the rest of the path belongs to it.
@@ -47,6 +50,9 @@ func extraction(e *segment.Endpoint, r segment.Route) *structpb.Struct {
 	case segment.NoResource:
 		set("from", "nothing")
 	}
+	if e.Tokens != nil {
+		fields["told"] = structpb.NewBoolValue(true) // the caller is known already
+	}
 	return &structpb.Struct{Fields: fields}
 }
 
@@ -59,6 +65,9 @@ func judged(e *segment.Endpoint) []state {
 	states := []state{
 		{stateName, "%DYNAMIC_METADATA(sallyport:name)%"},
 		{stateResolved, "%DYNAMIC_METADATA(sallyport:resolved)%"},
+	}
+	if e.Tokens != nil {
+		states = append(states, state{stateCaller, "%DYNAMIC_METADATA(sallyport:caller)%"})
 	}
 	if addressesByID(e.Protocol) {
 		states = append(states, state{stateID, "%DYNAMIC_METADATA(sallyport:id)%"})

@@ -2,13 +2,11 @@
 --
 -- Strict: a body that two parsers could read differently is refused. The bytes themselves pass through unchanged.
 -- If anything here fails, "resolved" is not set, and what is not resolved is denied.
--- Names the resource that extract.go says the route has; extract.go says too what is left where.
+-- Names the resource that extract.go says the route has; extract.go says too what is left where. caller.lua stands before it.
 
 local ffi = require("ffi")
-local byte, sub, gsub, find, lower = string.byte, string.sub, string.gsub, string.find, string.lower
-local match, format = string.match, string.format
+local sub, lower = string.sub, string.lower
 
-local SPACE = "sallyport"
 local DEEPEST = 64        -- nesting of JSON
 local LONGEST_NAME = 256  -- bytes
 local MOST_STEPS = 400000 -- keys, values, commas and brackets of a body: a worker reads so many in tens of milliseconds
@@ -198,32 +196,17 @@ end
 
 local UUID = "^" .. ("%x"):rep(8):gsub("%%x", "[0-9a-f]") .. ("%-" .. ("[0-9a-f]"):rep(4)):rep(3) .. "%-" .. ("[0-9a-f]"):rep(12) .. "$"
 
--- Whether all segments of a path have a name: none is empty, "." or "..".
-local function is_plain(path)
-  path = path .. "/"
-  return not (find(path, "//", 1, true) or find(path, "/./", 1, true) or find(path, "/../", 1, true))
-end
-
--- Envoy's validator lets in whoever has several URI names, and any letters in them. Only one name that is a SPIFFE ID
--- (X509-SVID, section 2; SPIFFE-ID, section 2) can't be taken for another caller or for a part of the question.
--- Returns when the certificate ends, in seconds, or nil if it is not one that names a caller.
-local function spiffe_id_until(handle)
-  local tls = handle:streamInfo():downstreamSslConnection()
-  local names = tls:uriSanPeerCertificate()
-  local path = #names == 1 and match(names[1], "^spiffe://[a-z0-9%._-]+(/[%w%._/-]+)$")
-  return path and is_plain(path) and tls:expirationPeerCertificate() or nil
-end
-
-local function refuse(handle, status, why)
-  handle:streamInfo():dynamicMetadata():set(SPACE, "refused", why)
-  handle:respond({ [":status"] = tostring(status) }, "The request has " .. why .. ".")
-end
-
 function envoy_on_request(handle)
   local wants = handle:filterContext()
   local from = wants:get("from")
   if not from then return end -- in no table: denied, because nothing is resolved
-  local ends = spiffe_id_until(handle)
+  local ends, _
+  if wants:get("told") then
+    local known = handle:streamInfo():dynamicMetadata():get(SPACE)
+    ends = known and known.ends
+  else
+    _, ends = certified(handle:streamInfo():downstreamSslConnection())
+  end
   if not ends then return end
 
   local name

@@ -8,6 +8,7 @@ import (
 	rbacconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
 	commonmatchingv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/matching/v3"
 	bufferv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/buffer/v3"
+	jwtv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/jwt_authn/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	setstatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/set_filter_state/v3"
@@ -53,7 +54,7 @@ func listener(cfg *segment.Config, forms map[segment.EndpointName]form) *listene
 		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{
 			Name:                          string(e.Name),
 			FilterChainMatch:              &listenerv3.FilterChainMatch{ServerNames: e.Hostnames},
-			TransportSocket:               downstreamTLS(cfg.Gateway),
+			TransportSocket:               downstreamTLS(cfg.Gateway, e.Tokens != nil),
 			TransportSocketConnectTimeout: durationpb.New(10 * time.Second),
 			Filters: []*listenerv3.Filter{{
 				Name:       "http",
@@ -65,10 +66,10 @@ func listener(cfg *segment.Config, forms map[segment.EndpointName]form) *listene
 }
 
 // downstreamTLS demands a certificate that the SPIFFE validator accepts. There is no resumption: a resumed session
-// would skip the validation.
-func downstreamTLS(g segment.Gateway) *corev3.TransportSocket {
+// would skip the validation. Where there are tokens, there need not be a certificate; one that comes must be good.
+func downstreamTLS(g segment.Gateway, tokens bool) *corev3.TransportSocket {
 	return &corev3.TransportSocket{Name: "tls", ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: pack(&tlsv3.DownstreamTlsContext{
-		RequireClientCertificate:         wrapperspb.Bool(true),
+		RequireClientCertificate:         wrapperspb.Bool(!tokens),
 		DisableStatefulSessionResumption: true,
 		SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
 		CommonTlsContext: &tlsv3.CommonTlsContext{
@@ -91,7 +92,7 @@ func connectionManager(e *segment.Endpoint, g segment.Gateway, form form) *hcmv3
 	return &hcmv3.HttpConnectionManager{
 		StatPrefix: string(e.Name),
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
-			RouteConfigName: RoutesName(e.Name), ConfigSource: fromADS()}},
+			RouteConfigName: routesName(e.Name, e.Tokens != nil), ConfigSource: fromADS()}},
 		HttpFilters:      filters(e, form),
 		LocalReplyConfig: localReplies(e),
 		Tracing:          tracing(e),
@@ -137,19 +138,24 @@ func nobody() []*corev3.CidrRange {
 // all and sees the answer (HTTP/2 clients take an answer before that for a broken stream). Nothing after rights
 // may clear the route cache.
 func filters(e *segment.Endpoint, form form) []*hcmv3.HttpFilter {
-	members, rights := discovered(MembersName(e.Name), typeURL(&setstatev3.Config{})), discovered(RightsName(e.Name))
+	tokens := e.Tokens != nil
+	members, rights := discovered(MembersName(e.Name)+told(tokens), typeURL(&setstatev3.Config{})), discovered(RightsName(e.Name))
 	switch {
 	case form.classes:
-		members, rights = discovered(ClassesName(e.Name), typeURL(&commonmatchingv3.ExtensionWithMatcher{})), discovered(ClassRightsName(e.Name))
+		members, rights = discovered(ClassesName(e.Name)+told(tokens), typeURL(&commonmatchingv3.ExtensionWithMatcher{})), discovered(ClassRightsName(e.Name))
 	case form.shards != nil:
-		rights = filter(RightsName(e.Name), choice(e.Name, form.shards))
+		rights = filter(RightsName(e.Name), choice(e.Name, form.shards, tokens))
 	}
-	list := []*hcmv3.HttpFilter{
+	var list []*hcmv3.HttpFilter
+	if tokens { // a stranger's body is not read
+		list = append(list, discovered(TokensName(e.Name), typeURL(&jwtv3.JwtAuthentication{})), filter(callerFilter, identifier()))
+	}
+	list = append(list,
 		filter(bodyFilter, &bufferv3.Buffer{MaxRequestBytes: wrapperspb.UInt32(MaxBodyBytes)}),
 		filter(extractFilter, extractor()),
 		filter(judgedFilter, setState(judged(e)...)),
 		members,
-	}
+	)
 	if addressesByID(e.Protocol) {
 		list = append(list, discovered(NamesName(e.Name), typeURL(&commonmatchingv3.ExtensionWithMatcher{})))
 	}

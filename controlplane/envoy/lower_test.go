@@ -11,6 +11,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	"github.com/google/go-cmp/cmp"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"pgregory.net/rapid"
@@ -61,7 +62,7 @@ var forms = map[string]limits{
 
 func lowered(cfg *segment.Config, now time.Time, form string) (*authz.Policy, *Resources) {
 	policy, only := authz.Compile(cfg, now), cfg.For(cfg.Gateways[0])
-	return policy, lower(forms[form], &only, policy, Names{"docs": collections()})
+	return policy, lower(forms[form], &only, policy, Learned{Names: Names{"docs": collections()}, Keys: Keys{}})
 }
 
 func at(t rapid.TB, s string) time.Time {
@@ -72,40 +73,63 @@ func at(t rapid.TB, s string) time.Time {
 	return m
 }
 
-// What Envoy's look-ups find in the lowered policy is what authz.Decide says, written out and in classes.
+// takeTokens lets callers of all endpoints come with tokens.
+func takeTokens(cfg *segment.Config) {
+	for i := range cfg.Endpoints {
+		e := &cfg.Endpoints[i]
+		e.Tokens = &segment.Tokens{Audiences: e.Hostnames, TrustDomains: []spiffeid.TrustDomain{cfg.TrustDomain}}
+	}
+}
+
+// byToken is the request of one who came with a token. Nothing may be asked of his connection: it is of nobody.
+func (q *request) byToken() {
+	q.found["caller"], q.caller = q.caller, ""
+}
+
+// What Envoy's look-ups find in the lowered policy is what authz.Decide says, written out and in classes, and however
+// callers are known.
 func TestLoweringAgreesWithDecide(t *testing.T) {
-	requests := corpus.Requests()
 	for form := range forms {
-		t.Run(form, func(outer *testing.T) {
-			seen := map[authz.Decision]bool{}
-			rapid.Check(outer, func(t *rapid.T) {
-				cfg := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...))
-				policy, r := lowered(&cfg, at(t, corpus.Early), form)
-				if err := Check(r); err != nil {
-					t.Fatal(err)
-				}
-				opened := map[*anypb.Any]proto.Message{}
-				for i := rapid.IntRange(0, 4).Draw(t, "first"); i < len(requests); i += 5 {
-					ask := requests[i]
-					if policy.Endpoints[ask.Endpoint] == nil {
-						continue
-					}
-					want := authz.Decide(policy, ask)
-					q := extracted(outer, ask)
-					q.opened = opened
-					if q.found["id"] != "" && collections()[q.found["id"]] == "" {
-						want = authz.Decision{Rule: authz.DefaultDeny, ShadowRule: authz.DefaultDeny}
-					}
-					if diff := cmp.Diff(want, q.pass(r, ask.Endpoint)); diff != "" {
-						t.Fatalf("%+v: (-decided +lowered)\n%s\n%v", ask, diff, q.state)
-					}
-					seen[want] = true
-				}
-			})
-			if len(seen) < 20 {
-				outer.Errorf("only %d different decisions: the test shows little", len(seen))
+		t.Run(form, func(t *testing.T) { agreesWithDecide(t, form, false) })
+		t.Run(form+", tokens", func(t *testing.T) { agreesWithDecide(t, form, true) })
+	}
+}
+
+func agreesWithDecide(outer *testing.T, form string, tokens bool) {
+	requests := corpus.Requests()
+	seen := map[authz.Decision]bool{}
+	rapid.Check(outer, func(t *rapid.T) {
+		cfg := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...))
+		if tokens {
+			takeTokens(&cfg)
+		}
+		policy, r := lowered(&cfg, at(t, corpus.Early), form)
+		if err := Check(r); err != nil {
+			t.Fatal(err)
+		}
+		opened := map[*anypb.Any]proto.Message{}
+		for i := rapid.IntRange(0, 4).Draw(t, "first"); i < len(requests); i += 5 {
+			ask := requests[i]
+			if policy.Endpoints[ask.Endpoint] == nil {
+				continue
 			}
-		})
+			want := authz.Decide(policy, ask)
+			q := extracted(outer, ask)
+			q.opened = opened
+			if tokens {
+				q.byToken()
+			}
+			if q.found["id"] != "" && collections()[q.found["id"]] == "" {
+				want = authz.Decision{Rule: authz.DefaultDeny, ShadowRule: authz.DefaultDeny}
+			}
+			if diff := cmp.Diff(want, q.pass(r, ask.Endpoint)); diff != "" {
+				t.Fatalf("%+v: (-decided +lowered)\n%s\n%v", ask, diff, q.state)
+			}
+			seen[want] = true
+		}
+	})
+	if len(seen) < 20 {
+		outer.Errorf("only %d different decisions: the test shows little", len(seen))
 	}
 }
 
@@ -304,7 +328,7 @@ func TestShards(t *testing.T) {
 	}
 	l := limits{writtenOut: 1 << 30, shard: 100}
 	all, less := config(500, -1), config(500, 123)
-	before := lower(l, all, authz.Compile(all, time.Unix(0, 0)), nil)
+	before := lower(l, all, authz.Compile(all, time.Unix(0, 0)), Learned{})
 	parts, callers := 0, 0
 	for _, x := range before.Extensions {
 		if !strings.HasPrefix(x.Name, RightsName("open")+"/") {
@@ -319,7 +343,7 @@ func TestShards(t *testing.T) {
 	if parts < 15 || callers != 500 {
 		t.Errorf("%d callers in %d parts", callers, parts)
 	}
-	after := lower(l, less, authz.Compile(less, time.Unix(0, 0)), nil)
+	after := lower(l, less, authz.Compile(less, time.Unix(0, 0)), Learned{})
 	if got := changed(fingerprints(t, before), fingerprints(t, after)); len(got) != 1 || !strings.Contains(got[0], "app-12") {
 		t.Errorf("one caller less changes %q", got)
 	}
@@ -364,7 +388,7 @@ func TestLowerFromEarlier(t *testing.T) {
 			cfg = cfg.For(cfg.Gateways[0])
 			form := forms[rapid.SampledFrom(slices.Sorted(maps.Keys(forms))).Draw(t, "form")]
 			policy = authz.Recompile(policy, &cfg, at(t, corpus.Early))
-			got, want := lower(form, &cfg, policy, nil, last), lower(form, &cfg, policy, nil)
+			got, want := lower(form, &cfg, policy, Learned{}, last), lower(form, &cfg, policy, Learned{})
 			if diff := changed(fingerprints(t, got), fingerprints(t, want)); diff != nil {
 				t.Fatalf("other bytes: %q", diff)
 			}

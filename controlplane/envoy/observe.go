@@ -31,7 +31,7 @@ func tracing(e *segment.Endpoint) *hcmv3.HttpConnectionManager_Tracing {
 		result = "%DYNAMIC_METADATA(envoy.filters.http.rbac:enforced_engine_result)%"
 	)
 	tags := []*tagv3.CustomTag{
-		tag(telemetry.SallyportCaller, "%DOWNSTREAM_PEER_URI_SAN%"),
+		tag(telemetry.SallyportCaller, callerFormat(e.Tokens != nil)),
 		tag(telemetry.SallyportEndpoint, string(e.Name)),
 		tag(telemetry.SallyportOperation, "%METADATA(ROUTE:sallyport:operation)%"),
 		tag(telemetry.SallyportResource, name),

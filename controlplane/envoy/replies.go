@@ -1,6 +1,8 @@
 package envoy
 
 import (
+	"strings"
+
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
@@ -19,20 +21,23 @@ type reply struct {
 	message string
 }
 
-const detail = "%LOCAL_REPLY_BODY%"
+const (
+	detail     = "%LOCAL_REPLY_BODY%"
+	callerHere = "CALLER" // replaced by how the endpoint knows its callers
+)
 
 // A denial repeats the name that the caller gave. It does not tell the name behind a UUID, nor whether there is one.
 
 var replies = []reply{
 	{403, "permission_denied", "no_grant", "AuthError",
-		"%DOWNSTREAM_PEER_URI_SAN% has no grant for %METADATA(ROUTE:sallyport:asks)%%DYNAMIC_METADATA(sallyport:name)%"},
+		callerHere + " has no grant for %METADATA(ROUTE:sallyport:asks)%%DYNAMIC_METADATA(sallyport:name)%"},
 	{400, "invalid_request_error", "ambiguous_request", "InvalidArgumentError", detail},
-	{401, "authentication_error", "certificate_expired", "AuthError", detail},
+	{401, "authentication_error", "unauthenticated", "AuthError", detail},
 	{404, "invalid_request_error", "not_found", "NotFoundError", "nothing here serves this"},
 	{408, "invalid_request_error", "request_timeout", "InvalidArgumentError", "the request took too long to arrive"},
 	{413, "invalid_request_error", "request_too_large", "InvalidArgumentError", "the request body is larger than this gateway reads"},
 	{503, "api_error", "backend_unavailable", "InternalError", "the backend can't be reached"},
-	{504, "api_error", "backend_timeout", "InternalError", "the backend did not answer while the caller's certificate was valid"},
+	{504, "api_error", "backend_timeout", "InternalError", "the backend did not answer while the caller's certificate or token was valid"},
 	{0, "api_error", "gateway_error", "InternalError", "%RESPONSE_CODE_DETAILS%"},
 }
 
@@ -56,7 +61,8 @@ func (r *reply) body(p segment.Protocol, message, requestID string) map[string]a
 func localReplies(e *segment.Endpoint) *hcmv3.LocalReplyConfig {
 	config := &hcmv3.LocalReplyConfig{}
 	for _, r := range replies {
-		body, err := structpb.NewStruct(r.body(e.Protocol, r.message, "%REQ(X-REQUEST-ID)%"))
+		message := strings.Replace(r.message, callerHere, callerFormat(e.Tokens != nil), 1)
+		body, err := structpb.NewStruct(r.body(e.Protocol, message, "%REQ(X-REQUEST-ID)%"))
 		if err != nil {
 			panic("encode reply: " + err.Error()) // constants only
 		}

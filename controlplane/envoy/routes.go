@@ -27,8 +27,10 @@ const (
 	RouteHeader    = "x-sallyport-route"
 )
 
-// RoutesName is the RDS resource of an endpoint.
-func RoutesName(e segment.EndpointName) string { return "endpoint/" + string(e) }
+// routesName is the RDS resource of an endpoint.
+func routesName(e segment.EndpointName, tokens bool) string {
+	return "endpoint/" + string(e) + told(tokens)
+}
 
 var keyHeaders = []string{"authorization", "proxy-authorization", "x-api-key", "api-key", "x-chroma-token"}
 
@@ -73,7 +75,7 @@ func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 	}
 	host.Routes = append(host.Routes, elsewhere())
 	return &routev3.RouteConfiguration{
-		Name:                            RoutesName(e.Name),
+		Name:                            routesName(e.Name, e.Tokens != nil),
 		VirtualHosts:                    []*routev3.VirtualHost{host},
 		MostSpecificHeaderMutationsWins: true,                   // a route to the catalogue adds headers that the host removes
 		ValidateClusters:                wrapperspb.Bool(false), // Check has seen that they exist; CDS may come a moment later
@@ -113,7 +115,7 @@ func route(e *segment.Endpoint, r segment.Route, cluster string) *routev3.Route 
 	if r.Answer == segment.FromCatalog {
 		action.ClusterSpecifier = &routev3.RouteAction_Cluster{Cluster: CatalogCluster}
 		out.RequestHeadersToAdd = []*corev3.HeaderValueOption{
-			header(CallerHeader, "%DOWNSTREAM_PEER_URI_SAN%"),
+			header(CallerHeader, callerFormat(e.Tokens != nil)),
 			header(EndpointHeader, string(e.Name)),
 			header(RouteHeader, r.Name),
 		}

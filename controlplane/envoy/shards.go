@@ -147,13 +147,13 @@ func weight(members []member) (n int) {
 }
 
 // choice is the filter that runs the rights of the shard that a caller belongs to.
-func choice(e segment.EndpointName, shards []shard) proto.Message {
+func choice(e segment.EndpointName, shards []shard, tokens bool) proto.Message {
 	to := branches{}
 	for _, s := range shards {
 		to[s.prefix] = act("run", &compositev3.ExecuteFilterAction{DynamicConfig: &compositev3.DynamicConfig{
 			Name: s.name(e), ConfigDiscovery: deniesUntil()}})
 	}
-	m := longest(callerInput(), to, nil)
+	m := longest(callerInput(tokens), to, nil)
 	m.OnNoMatch = runFilter(&rbacv3.RBAC{Matcher: orDeny(nil)})
 	return matched(m)
 }
@@ -172,11 +172,12 @@ func (r *Resources) Retained(name string, last *Kept) *Kept {
 		return nil
 	}
 	from := origin{members: r.members[e], shadowed: policy.Shadowed}
-	switch {
-	case name == MembersName(e):
-		return r.retain(name, origin{}, last, func() proto.Message { return members(origin{}) })
-	case name == ClassesName(e):
-		from.classes = true
+	switch own, tokens := strings.CutSuffix(name, told(true)); {
+	case own == MembersName(e):
+		callers := origin{tokens: tokens}
+		return r.retain(name, callers, last, func() proto.Message { return members(callers) })
+	case own == ClassesName(e):
+		from = origin{members: from.members, classes: true, tokens: tokens}
 		return r.retain(name, from, last, func() proto.Message { return members(from) })
 	case name == ClassRightsName(e):
 		from.classes = true

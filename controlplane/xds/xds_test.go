@@ -270,7 +270,7 @@ func extensionsFor(from, to int) *envoy.Resources {
 			To:   []segment.Target{{Endpoint: "chat", Operations: []segment.Operation{segment.Infer}, Resources: []segment.Pattern{"m"}}},
 		})
 	}
-	r := envoy.Lower(&cfg, authz.Compile(&cfg, time.Unix(0, 0)), nil)
+	r := envoy.Lower(&cfg, authz.Compile(&cfg, time.Unix(0, 0)), envoy.Learned{})
 	r.Listeners, r.Routes, r.Clusters, r.Assignments = nil, nil, nil, nil
 	return r
 }

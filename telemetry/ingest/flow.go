@@ -27,15 +27,17 @@ const (
 	clientDisconnect = "downstream_remote_disconnect"
 )
 
-// FlowOf reads the access log entry of one finished request. Who asked comes from the verified certificate, and the
-// verdict from what RBAC did: no header is believed in either. An entry without a verdict of RBAC is Refused.
+// FlowOf reads the access log entry of one finished request. Who asked comes from the verified certificate or, without
+// one, from the token that was verified, and the verdict from what RBAC did: no header is believed in either. An entry without a verdict of RBAC is Refused.
 func FlowOf(entry *accesslogv3.HTTPAccessLogEntry, node *corev3.Node) telemetry.Flow {
 	common, req, resp := entry.GetCommonProperties(), entry.GetRequest(), entry.GetResponse()
 	ours := fields{common.GetMetadata().GetFilterMetadata()[ourMetadata]}
 	rbac := fields{common.GetMetadata().GetFilterMetadata()[rbacMetadata]}
 
 	f := flowOf(common, node)
-	f.Caller = callerOf(common)
+	if f.Caller = callerOf(common); f.Caller.IsZero() {
+		f.Caller, _ = spiffeid.FromString(ours.text("caller"))
+	}
 	f.ID = clip(req.GetRequestId(), maxName)
 	f.FirstByte = max(0, common.GetTimeToFirstUpstreamRxByte().AsDuration())
 	f.Endpoint, f.Operation = segment.EndpointName(tag(common, tagEndpoint)), segment.Operation(tag(common, tagOperation))

@@ -134,6 +134,22 @@ func TestHeadersAreNotBelieved(t *testing.T) {
 	}
 }
 
+// Without a certificate the caller is whoever the gateway says that the token is of; with one, it is the certificate's.
+func TestCallerByToken(t *testing.T) {
+	e := entry(t, nil, 200, "")
+	ours, _ := structpb.NewStruct(map[string]any{"caller": "spiffe://example.org/oidc/corp/alice"})
+	e.CommonProperties.Metadata.FilterMetadata[ourMetadata] = ours
+	if f := FlowOf(e, nil); f.Caller.Path() != "/oidc/corp/alice" {
+		t.Errorf("caller %q", f.Caller)
+	}
+	e.CommonProperties.TlsProperties = &accesslogv3.TLSProperties{PeerCertificateProperties: &accesslogv3.TLSProperties_CertificateProperties{
+		SubjectAltName: []*accesslogv3.TLSProperties_CertificateProperties_SubjectAltName{{
+			San: &accesslogv3.TLSProperties_CertificateProperties_SubjectAltName_Uri{Uri: "spiffe://example.org/app"}}}}}
+	if f := FlowOf(e, nil); f.Caller.Path() != "/app" {
+		t.Errorf("caller %q", f.Caller)
+	}
+}
+
 func TestResource(t *testing.T) {
 	str, _ := anypb.New(wrapperspb.String("smollm2"))
 	raw, _ := anypb.New(wrapperspb.Bytes([]byte("caf\xe9")))

@@ -54,7 +54,7 @@ func (b *bench) bare(documents map[string]string, usage bool) (*subject, error) 
 		return nil, problems
 	}
 	cfg = cfg.For(cfg.Gateways[0])
-	resources := envoy.Lower(&cfg, authz.Compile(&cfg, time.Now()), nil)
+	resources := envoy.Lower(&cfg, authz.Compile(&cfg, time.Now()), envoy.Learned{})
 	if err := writeIn(resources, own, usage); err != nil {
 		return nil, err
 	}

@@ -204,10 +204,10 @@ func (b *bench) measureStages(_ context.Context, r *Report) error {
 				return problems
 			}
 		}
-		if last[0], err = controlplane.Generate(cfgs[0], nil, time.Now()); err != nil {
+		if last[0], err = controlplane.Generate(cfgs[0], envoy.Learned{}, time.Now()); err != nil {
 			return err
 		}
-		if last[1], err = controlplane.Regenerate(last[0], cfgs[1], nil, time.Now()); err != nil {
+		if last[1], err = controlplane.Regenerate(last[0], cfgs[1], envoy.Learned{}, time.Now()); err != nil {
 			return err
 		}
 		docs := filesource.Read(folder)
@@ -216,11 +216,11 @@ func (b *bench) measureStages(_ context.Context, r *Report) error {
 		policy := authz.Recompile(last[1].Policy, &cfgs[0], time.Now())
 		only, earlier := cfgs[0].For(cfgs[0].Gateways[0]), last[1].Resources["local"]
 		st.Compile = least(func() { authz.Recompile(last[1].Policy, &cfgs[0], time.Now()) })
-		resources := envoy.Lower(&only, policy, nil, earlier)
-		st.Lower = least(func() { envoy.Lower(&only, policy, nil, earlier) })
+		resources := envoy.Lower(&only, policy, envoy.Learned{}, earlier)
+		st.Lower = least(func() { envoy.Lower(&only, policy, envoy.Learned{}, earlier) })
 		st.Check = least(func() { _ = envoy.Check(resources, earlier) })
-		st.First = least(func() { _, _ = controlplane.Generate(cfgs[0], nil, time.Now()) })
-		st.All = least(func() { _, _ = controlplane.Regenerate(last[1], cfgs[0], nil, time.Now()) })
+		st.First = least(func() { _, _ = controlplane.Generate(cfgs[0], envoy.Learned{}, time.Now()) })
+		st.All = least(func() { _, _ = controlplane.Regenerate(last[1], cfgs[0], envoy.Learned{}, time.Now()) })
 		r.Stages = append(r.Stages, st)
 		fmt.Printf("%8d grants  read %.1f  assemble %.1f  compile %.1f  lower %.1f  check %.1f  compile, lower, check and digest %.1f, at the first time %.1f\n",
 			n, st.Read, st.Assemble, st.Compile, st.Lower, st.Check, st.All, st.First)

@@ -63,7 +63,7 @@ func TestAuthorizationThatNeverComes(t *testing.T) {
 		t.Fatal(problems)
 	}
 	config = config.For(*options.Gateway)
-	resources := envoy.Lower(&config, authz.Compile(&config, time.Now()), names)
+	resources := envoy.Lower(&config, authz.Compile(&config, time.Now()), envoy.Learned{Names: names})
 	if err := envoy.Check(resources); err != nil {
 		t.Fatal(err)
 	}

@@ -40,7 +40,7 @@ func TestConnectionOutlivesNoCertificate(t *testing.T) {
 			}
 			<-time.After(time.Until(end) + 10*time.Millisecond)
 			a := who.chat(t, "chat", "m")
-			p := wantProblem(t, a, http.StatusUnauthorized, "certificate_expired")
+			p := wantProblem(t, a, http.StatusUnauthorized, "unauthenticated")
 			if n := len(who.dialed); n != 1 {
 				t.Errorf("asked over %d connections: %v", n, p)
 			}
