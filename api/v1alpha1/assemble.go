@@ -38,6 +38,7 @@ func Assemble(docs []Document, o Options) (segment.Config, segment.Problems) {
 		ids:       make(map[spiffeid.ID]*Document),
 		labelled:  make(map[label][]*segment.Workload),
 		federated: make(map[spiffeid.TrustDomain]*segment.TrustDomain),
+		issuers:   make(map[string]struct{}),
 	}
 	config := segment.Config{TrustDomain: o.TrustDomain}
 	if o.Gateway != nil {
@@ -46,6 +47,7 @@ func Assemble(docs []Document, o Options) (segment.Config, segment.Problems) {
 	var grants, gateways []*Document
 	sorted := a.sorted(docs)
 	config.Federated = a.trustDomains(sorted)
+	config.Issuers = a.tokenIssuers(sorted)
 	for _, d := range sorted {
 		broken := len(d.problems) > 0
 		switch spec := d.Spec.(type) {
@@ -108,7 +110,8 @@ type assembler struct {
 	labelled  map[label][]*segment.Workload
 
 	federated   map[spiffeid.TrustDomain]*segment.TrustDomain
-	unfederated bool // something is wrong with a TrustDomain, so that one which is nowhere may be that
+	unfederated bool                // something is wrong with a TrustDomain, so that one which is nowhere may be that
+	issuers     map[string]struct{} // the names of TokenIssuers, also of those that something is wrong with
 }
 
 type documentName struct {

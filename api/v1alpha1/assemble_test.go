@@ -110,10 +110,13 @@ func TestAssemble(t *testing.T) {
 				{Name: "huge", Backends: []segment.BackendName{"far"}},
 				{Name: "smollm2", Aliases: []string{"small", "tiny"}, Backends: []segment.BackendName{"local"}},
 			},
+			Tokens: &segment.Tokens{Audiences: []string{"chat", "https://llm.internal"}, Issuers: []segment.IssuerName{"corp", "guests"},
+				TrustDomains: []spiffeid.TrustDomain{away, testOptions().TrustDomain, partner}},
 		}, {
 			Name: "docs", Hostnames: []string{"docs.internal"}, Protocol: segment.Chroma,
 			Backends: []segment.Backend{{Name: "local", Addresses: []segment.Address{{Host: "localhost", Port: 8000}}, TLS: segment.BackendTLS{Mode: segment.TLSNone}}},
 			Database: segment.Database{Tenant: "default_tenant", Name: "hr"},
+			Tokens:   &segment.Tokens{Audiences: []string{"docs.internal"}, Issuers: []segment.IssuerName{"corp"}},
 		}},
 		Workloads: []segment.Workload{
 			{Name: "indexer", Labels: map[string]string{"team": "search"}, ID: id("indexer"), Selectors: []segment.Selector{{Type: "unix", Value: "user:indexer"}},
@@ -123,25 +126,36 @@ func TestAssemble(t *testing.T) {
 		},
 		Grants: []segment.Grant{{
 			Name: "all", Effect: segment.Allow, Mode: segment.Enforce,
-			From: []segment.Caller{caller("spiffe://example.org/indexer"), caller("spiffe://example.org/ops/*"), caller("spiffe://example.org/rag-app"), caller("spiffe://partner.example/*")},
+			From: []segment.Caller{caller("spiffe://example.org/indexer"), caller("spiffe://example.org/ops/*"), caller("spiffe://example.org/rag-app"),
+				caller("spiffe://oidc.example.org/corp/alice_40example.org"), caller("spiffe://oidc.example.org/corp/system_3Aserviceaccount_3Ans_3Aname"), caller("spiffe://partner.example/*")},
 			To: []segment.Target{
 				{Endpoint: "chat", Operations: []segment.Operation{segment.Embed, segment.Infer}, Resources: []segment.Pattern{"small", "smollm2"}},
 				{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"handbook", "public-*"}},
 			},
 			Expires: time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
-			Pos:     segment.Pos{File: "good.yaml", Line: 52, Column: 1},
+			Pos:     segment.Pos{File: "good.yaml", Line: 54, Column: 1},
 		}, {
 			Name: "not-payroll", Effect: segment.Deny, Mode: segment.Shadow,
 			From: []segment.Caller{caller("spiffe://example.org/rag-app")},
 			To:   []segment.Target{{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"*"}}},
-			Pos:  segment.Pos{File: "good.yaml", Line: 68, Column: 1},
+			Pos:  segment.Pos{File: "good.yaml", Line: 72, Column: 1},
+		}, {
+			Name: "with-tokens", Effect: segment.Allow, Mode: segment.Enforce,
+			From: []segment.Caller{caller("spiffe://oidc.example.org/*"), caller("spiffe://oidc.example.org/corp/bob"), caller("spiffe://oidc.example.org/guests/*")},
+			To:   []segment.Target{{Endpoint: "chat", Operations: []segment.Operation{segment.Infer}, Resources: []segment.Pattern{"small"}}},
+			Pos:  segment.Pos{File: "good.yaml", Line: 76, Column: 1},
 		}},
+		Issuers: []segment.TokenIssuer{
+			{Name: "corp", Issuer: "https://login.corp.example", JWKSURI: "https://[2001:db8::1]:8443/keys?of=all", CAFile: "/etc/sallyport/corp-ca.pem",
+				Keys: blockOf(t, "keys"), Refresh: 10 * time.Minute},
+			{Name: "guests", Issuer: "https://Login.guests.example:8443/Tenant%2F1/", KeysFile: "/etc/sallyport/guests.json"},
+		},
 		Federated: []segment.TrustDomain{
 			{Name: "away", Domain: away, BundleFile: "/etc/sallyport/away.json",
 				Endpoint: segment.BundleEndpoint{URL: "https://[2001:db8::1]:8443", Profile: segment.HTTPSSPIFFE, ID: spiffeid.RequireFromPath(away, "/spire/server")}},
 			{Name: "by-another", Domain: spiffeid.RequireTrustDomainFromString("third.example"),
 				Endpoint: segment.BundleEndpoint{URL: "https://spiffe.away.example/third", Profile: segment.HTTPSSPIFFE, ID: spiffeid.RequireFromPath(away, "/spire/server")}},
-			{Name: "partner", Domain: partner, Bundle: bundleOf(t, "good.yaml"), Refresh: 90 * time.Minute,
+			{Name: "partner", Domain: partner, Bundle: blockOf(t, "bundle"), Refresh: 90 * time.Minute,
 				Endpoint: segment.BundleEndpoint{URL: "https://spiffe.partner.example/bundle?of=all", Profile: segment.HTTPSWeb, CAFile: "/etc/ssl/certs/ca-certificates.crt"}},
 		},
 	}
@@ -150,15 +164,23 @@ func TestAssemble(t *testing.T) {
 	}
 }
 
-// bundleOf returns the bundle that stands in a file of documents, as the last block of text in it.
-func bundleOf(t *testing.T, file string) string {
+// blockOf returns the block of text that stands in good.yaml behind the key.
+func blockOf(t *testing.T, key string) string {
 	t.Helper()
-	data, err := os.ReadFile(filepath.Join("testdata", file))
+	data, err := os.ReadFile("testdata/good.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, block, _ := strings.Cut(string(data), "  bundle: |\n")
-	return strings.ReplaceAll("\n"+block, "\n    ", "\n")[1:]
+	_, rest, _ := strings.Cut(string(data), "  "+key+": |\n")
+	var block strings.Builder
+	for line := range strings.Lines(rest) {
+		text, ok := strings.CutPrefix(line, "    ")
+		if !ok {
+			break
+		}
+		block.WriteString(text)
+	}
+	return block.String()
 }
 
 func TestNothingIsAConfiguration(t *testing.T) {

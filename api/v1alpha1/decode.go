@@ -41,6 +41,8 @@ func (s schema) document(n *yaml.Node) Document {
 		doc.Spec = new(GrantSpec)
 	case KindTrustDomain:
 		doc.Spec = new(TrustDomainSpec)
+	case KindTokenIssuer:
+		doc.Spec = new(TokenIssuerSpec)
 	}
 	d.enter(mark{}, n)
 	d.value(n, reflect.ValueOf(&doc).Elem())
@@ -287,7 +289,7 @@ func (d *decoder) text(n *yaml.Node, v reflect.Value) {
 	case v.Type() == reflect.TypeFor[labelValue]():
 	case v.Type() == reflect.TypeFor[bundleText]():
 		if len(n.Value) > maxBundle {
-			d.report(n, "too-large", fmt.Sprintf("is longer than %d KiB", maxBundle>>10), "write it to a file, and the file's path in bundleFile")
+			d.report(n, "too-large", fmt.Sprintf("is longer than %d KiB", maxBundle>>10), fmt.Sprintf("write it to a file, and the file's path in %sFile", d.here().name))
 			return
 		}
 		if strings.TrimSpace(n.Value) == "" {

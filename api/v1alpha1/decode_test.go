@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -167,6 +168,9 @@ func anything(most int) *rapid.Generator[[]string] {
 			"TrustDomain|{trustDomain: %s.test, bundleEndpoint: {url: 'https://%s.test/', profile: https_web}}",
 			"TrustDomain|{trustDomain: %s, bundleEndpoint: {url: 'https://x', profile: https_spiffe, endpointSPIFFEID: 'spiffe://%s.test/b'}}",
 			"Grant|{from: [{trustDomain: %s.test}], to: [{endpoint: %s, operations: [Infer], resources: ['*']}]}",
+			"TokenIssuer|{issuer: 'https://%s.test', caFile: /%s}",
+			"Endpoint|{hostnames: [%s.t], protocol: OpenAI, backends: [{name: b, addresses: ['127.0.0.1:1'], tls: {mode: None}}], tokens: {issuers: [%s], trustDomains: [example.org]}}",
+			"Grant|{from: [{tokenIssuer: %s, subject: x@y}, {spiffeID: 'spiffe://oidc.example.org/*'}], to: [{endpoint: %s, operations: [Infer], resources: ['*']}]}",
 			"Grant|{form: [{workload: %s}], to: %s}",
 			"Grand|[%s, %s",
 		}).Draw(t, "spec")
@@ -258,7 +262,7 @@ func FuzzDecode(f *testing.F) {
 		if problems != nil {
 			return
 		}
-		if len(config.Endpoints)+len(config.Workloads)+len(config.Grants)+len(config.Federated) != len(docs) {
+		if len(config.Endpoints)+len(config.Workloads)+len(config.Grants)+len(config.Federated)+len(config.Issuers) != len(docs) {
 			t.Errorf("%d documents became %+v", len(docs), config)
 		}
 		for _, g := range config.Grants {
@@ -267,6 +271,9 @@ func FuzzDecode(f *testing.F) {
 			}
 		}
 		for _, e := range config.Endpoints {
+			if tokens := e.Tokens; tokens != nil && (len(tokens.Audiences) == 0 || slices.Contains(tokens.Audiences, "") || len(tokens.Issuers)+len(tokens.TrustDomains) == 0) {
+				t.Errorf("takes tokens for anybody, or of nobody: %+v", tokens)
+			}
 			for _, b := range e.Backends {
 				for _, a := range b.Addresses {
 					if b.TLS.Mode == segment.TLSNone && !strings.HasPrefix(a.Host, "127.") && a.Host != "::1" && a.Host != "localhost" {

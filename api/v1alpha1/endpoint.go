@@ -15,6 +15,7 @@ type endpoint struct {
 	protocol   segment.Protocol
 	operations []segment.Operation // of the protocol
 	models     []string            // names and aliases; none: any model
+	issuers    []string            // the TokenIssuers whose tokens it takes
 }
 
 func (a *assembler) endpoint(d *Document, spec *EndpointSpec) segment.Endpoint {
@@ -28,6 +29,10 @@ func (a *assembler) endpoint(d *Document, spec *EndpointSpec) segment.Endpoint {
 	known := &endpoint{protocol: spec.Protocol, operations: spec.Protocol.Operations()}
 	e.Models, known.models = a.models(d, spec, e.Backends)
 	e.Database = a.database(d, spec)
+	if spec.Tokens != nil {
+		e.Tokens = a.tokens(d, spec.Tokens, e.Hostnames)
+		known.issuers = spec.Tokens.Issuers
+	}
 	a.endpoints[d.Metadata.Name] = known
 	return e
 }

@@ -29,6 +29,7 @@ func (a *assembler) grant(d *Document, spec *GrantSpec) segment.Grant {
 	g.From = slices.Compact(g.From)
 	for i := range spec.To {
 		g.To = append(g.To, a.target(d, i, &spec.To[i]))
+		a.taken(d, i, &spec.To[i], g.From)
 	}
 	slices.SortFunc(g.To, func(a, b segment.Target) int {
 		return cmp.Or(cmp.Compare(a.Endpoint, b.Endpoint), slices.Compare(a.Operations, b.Operations), slices.Compare(a.Resources, b.Resources))
@@ -39,15 +40,20 @@ func (a *assembler) grant(d *Document, spec *GrantSpec) segment.Grant {
 // callers resolves one entry of spec.from.
 func (a *assembler) callers(d *Document, i int, from *From) []segment.Caller {
 	at := func(field string) string { return fmt.Sprintf("spec.from[%d]%s", i, field) }
+	if from.Subject != "" && from.TokenIssuer == "" {
+		a.report(d, "missing-field", at(".tokenIssuer"), "is missing, and without one nobody knows whose subject that is",
+			"write the name of a TokenIssuer beside the subject, or leave the subject out")
+		return nil
+	}
 	written := 0
-	for _, there := range []bool{from.Workload != "", from.WorkloadSelector != nil, from.SPIFFEID != "", from.TrustDomain != ""} {
+	for _, there := range []bool{from.Workload != "", from.WorkloadSelector != nil, from.SPIFFEID != "", from.TrustDomain != "", from.TokenIssuer != ""} {
 		if there {
 			written++
 		}
 	}
 	if written != 1 {
 		a.report(d, "not-one-of", at(""), fmt.Sprintf("names callers in %d ways, and must name them in one", written),
-			"write one of workload, workloadSelector, spiffeID and trustDomain, and the next in an item of its own")
+			"write one of workload, workloadSelector, spiffeID, trustDomain and tokenIssuer, and the next in an item of its own")
 		return nil
 	}
 	switch {
@@ -81,8 +87,11 @@ func (a *assembler) callers(d *Document, i int, from *From) []segment.Caller {
 				fmt.Sprintf("for everyone in it write trustDomain: %s", caller.TrustDomain().Name()))
 		default:
 			a.knows(d, at(".spiffeID"), caller.TrustDomain())
+			a.comesWithToken(d, at(".spiffeID"), caller)
 		}
 		return []segment.Caller{caller}
+	case from.TokenIssuer != "":
+		return a.tokenCaller(d, at, from)
 	default:
 		td, err := spiffeid.TrustDomainFromString(from.TrustDomain)
 		if err != nil || td.Name() != from.TrustDomain {
@@ -90,6 +99,7 @@ func (a *assembler) callers(d *Document, i int, from *From) []segment.Caller {
 				trustDomainHint)
 		} else {
 			a.knows(d, at(".trustDomain"), td)
+			a.comesWithToken(d, at(".trustDomain"), segment.CallersIn(td))
 		}
 		return []segment.Caller{segment.CallersIn(td)}
 	}

@@ -44,7 +44,7 @@ func allowed(t reflect.Type) []string {
 	case reflect.TypeFor[APIVersion]():
 		return []string{string(Version)}
 	case reflect.TypeFor[Kind]():
-		return texts([]Kind{KindEndpoint, KindGateway, KindGrant, KindTrustDomain, KindWorkload})
+		return texts([]Kind{KindEndpoint, KindGateway, KindGrant, KindTokenIssuer, KindTrustDomain, KindWorkload})
 	case reflect.TypeFor[segment.Protocol]():
 		return texts(segment.Protocols())
 	case reflect.TypeFor[segment.Operation]():

@@ -21,7 +21,7 @@ import (
 const (
 	// maxTrustDomain is the length of the longest trust domain name (SPIFFE ID, 2.3).
 	maxTrustDomain = 255
-	// How often a bundle can be asked for.
+	// How often a bundle or keys can be asked for.
 	minRefresh, maxRefresh = time.Minute, 24 * time.Hour
 )
 
@@ -65,6 +65,10 @@ func (a *assembler) trustDomain(d *Document, spec *TrustDomainSpec) segment.Trus
 	t := segment.TrustDomain{Name: segment.TrustDomainName(d.Metadata.Name), Bundle: string(spec.Bundle), BundleFile: spec.BundleFile}
 	td, err := spiffeid.TrustDomainFromString(spec.TrustDomain)
 	switch {
+	case td == segment.TokenDomain(a.TrustDomain):
+		a.report(d, "reserved-trust-domain", "spec.trustDomain", fmt.Sprintf("is %q, where callers stand that are known by their tokens", td.Name()),
+			"federate with another trust domain")
+		a.unfederated = true
 	case err != nil || td.Name() != spec.TrustDomain || len(td.Name()) > maxTrustDomain:
 		a.report(d, "bad-trust-domain", "spec.trustDomain", fmt.Sprintf("is %q", clip(spec.TrustDomain)), trustDomainHint)
 		a.unfederated = true
@@ -87,13 +91,20 @@ func (a *assembler) trustDomain(d *Document, spec *TrustDomainSpec) segment.Trus
 	case t.BundleFile != "":
 		a.absolute(d, "spec.bundleFile", t.BundleFile)
 	}
-	if spec.Refresh != "" {
-		t.Refresh, err = time.ParseDuration(spec.Refresh)
-		if err != nil || t.Refresh < minRefresh || t.Refresh > maxRefresh {
-			a.report(d, "bad-value", "spec.refresh", fmt.Sprintf("is %q, and must be a duration from 1m to 24h", clip(spec.Refresh)), "write it like 10m or 1h30m")
-		}
-	}
+	t.Refresh = a.refresh(d, spec.Refresh)
 	return t
+}
+
+// refresh reads how often something is fetched; 0: nothing is written.
+func (a *assembler) refresh(d *Document, written string) time.Duration {
+	if written == "" {
+		return 0
+	}
+	every, err := time.ParseDuration(written)
+	if err != nil || every < minRefresh || every > maxRefresh {
+		a.report(d, "bad-value", "spec.refresh", fmt.Sprintf("is %q, and must be a duration from 1m to 24h", clip(written)), "write it like 10m or 1h30m")
+	}
+	return every
 }
 
 // cause is the error below the outermost, which says what the place of the problem says as well.
@@ -114,13 +125,7 @@ func (a *assembler) absolute(d *Document, field, file string) {
 func (a *assembler) bundleEndpoint(d *Document, w BundleEndpoint) segment.BundleEndpoint {
 	const at = "spec.bundleEndpoint"
 	e := segment.BundleEndpoint{URL: w.URL, Profile: w.Profile, CAFile: w.CAFile}
-	if why := notEndpointURL(w.URL); why != "" {
-		shown := w.URL
-		if u, err := url.Parse(w.URL); err == nil {
-			shown = u.Redacted()
-		}
-		a.report(d, "bad-url", at+".url", fmt.Sprintf("is %q: %s", clip(shown), why), "write it like https://spiffe.other.org/bundle.json")
-	}
+	a.url(d, at+".url", w.URL, notEndpointURL(w.URL), "write it like https://spiffe.other.org/bundle.json")
 	for _, f := range []struct {
 		name, value string
 		profile     segment.EndpointProfile
@@ -145,7 +150,19 @@ func (a *assembler) bundleEndpoint(d *Document, w BundleEndpoint) segment.Bundle
 	return e
 }
 
-// notEndpointURL says why a bundle endpoint can't have this URL, or returns "".
+// url reports a URL that something is wrong with.
+func (a *assembler) url(d *Document, field, written, why, hint string) {
+	if why == "" {
+		return
+	}
+	shown := written
+	if u, err := url.Parse(written); err == nil && u.User != nil {
+		shown = u.Redacted()
+	}
+	a.report(d, "bad-url", field, fmt.Sprintf("is %q: %s", clip(shown), why), hint)
+}
+
+// notEndpointURL says why bundles or keys can't be fetched at this URL, or returns "".
 func notEndpointURL(s string) string {
 	u, err := url.Parse(s)
 	switch {
@@ -202,7 +219,7 @@ func (a *assembler) reaches(d *Document, t segment.TrustDomain) {
 
 // knows reports a trust domain whose members can't be authenticated.
 func (a *assembler) knows(d *Document, field string, td spiffeid.TrustDomain) {
-	if td == a.TrustDomain || a.federated[td] != nil || a.blind || a.unfederated || td.IsZero() {
+	if td == a.TrustDomain || td == segment.TokenDomain(a.TrustDomain) || a.federated[td] != nil || a.blind || a.unfederated || td.IsZero() {
 		return
 	}
 	hint := ""
@@ -218,27 +235,30 @@ func (a *assembler) knows(d *Document, field string, td spiffeid.TrustDomain) {
 		cmp.Or(hint, fmt.Sprintf("write a document of kind TrustDomain with trustDomain: %s in its spec", td)))
 }
 
-// federatesWith resolves names of TrustDomains, of the documents or of the trust domains themselves.
-func (a *assembler) federatesWith(d *Document, written []string) []spiffeid.TrustDomain {
+// named resolves names of TrustDomains, of the documents or of the trust domains themselves; own says whether the own
+// one can be among them.
+func (a *assembler) named(d *Document, field string, written []string, own bool) []spiffeid.TrustDomain {
 	byName := make(map[string]spiffeid.TrustDomain)
 	for td, t := range a.federated {
 		byName[string(t.Name)] = td
 	}
 	var all []spiffeid.TrustDomain
 	for i, w := range written {
-		at := fmt.Sprintf("spec.federatesWith[%d]", i)
+		at := fmt.Sprintf("%s[%d]", field, i)
 		named, isName := byName[w]
 		td, err := spiffeid.TrustDomainFromString(w)
-		_, isDomain := a.federated[td]
-		switch isDomain = isDomain && err == nil && td.Name() == w; {
+		isText := err == nil && td.Name() == w
+		isOwn := isText && td == a.TrustDomain
+		isDomain := isText && a.federated[td] != nil || isOwn && own
+		switch {
 		case isName && isDomain && named != td:
-			a.report(d, "ambiguous", at, fmt.Sprintf("is %q, the name of the document for %s and the trust domain of another", w, named),
-				"rename one of the documents")
+			a.report(d, "ambiguous", at, fmt.Sprintf("is %q, the name of the document for %s and of another trust domain", w, named),
+				"rename the document")
 		case isName:
 			all = append(all, named)
 		case isDomain:
 			all = append(all, td)
-		case err == nil && td == a.TrustDomain && td.Name() == w:
+		case isOwn:
 			a.report(d, "own-trust-domain", at, fmt.Sprintf("is %q, the workload's own trust domain", w), "leave it out; every workload has its bundle")
 		case !a.blind && !a.unfederated:
 			hint := ""

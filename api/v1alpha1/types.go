@@ -31,6 +31,7 @@ const (
 	KindWorkload    Kind = "Workload"
 	KindGrant       Kind = "Grant"
 	KindTrustDomain Kind = "TrustDomain"
+	KindTokenIssuer Kind = "TokenIssuer"
 )
 
 // Metadata names a document, as in Kubernetes.
@@ -47,6 +48,14 @@ type EndpointSpec struct {
 	Backends  []Backend        `json:"backends"`
 	Models    []Model          `json:"models,omitempty"`   // OpenAI only; none: every model on every backend
 	Database  *Database        `json:"database,omitempty"` // Chroma only
+	Tokens    *Tokens          `json:"tokens,omitempty"`   // none: callers have client certificates, all of them
+}
+
+// Tokens says whose tokens are taken from callers without a client certificate. At least one is named.
+type Tokens struct {
+	Issuers      []string `json:"issuers,omitempty"`      // names of TokenIssuers
+	TrustDomains []string `json:"trustDomains,omitempty"` // whose JWT-SVIDs: the own name, or TrustDomains by metadata.name or spec.trustDomain
+	Audiences    []string `json:"audiences,omitempty"`    // a token must be for one of these; default: the host names
 }
 
 // Backend is one pool of equal servers.
@@ -121,15 +130,28 @@ type BundleEndpoint struct {
 	EndpointSPIFFEID string                  `json:"endpointSPIFFEID,omitempty"` // https_spiffe, required
 }
 
-// bundleText is a document within the document: long, and of several lines.
+// bundleText is a document within the document: long, and of several lines. A field with File behind its name takes the
+// path of what is too long.
 type bundleText string
 
-// From is some callers, by exactly one of its fields.
+// TokenIssuerSpec is an OpenID provider whose tokens identify callers; see segment.TokenIssuer.
+type TokenIssuerSpec struct {
+	Issuer   string     `json:"issuer"`             // https URL, letter by letter as it is in the tokens
+	JWKSURI  string     `json:"jwksURI,omitempty"`  // https URL; default: what the issuer's discovery document says
+	CAFile   string     `json:"caFile,omitempty"`   // default: what the system trusts
+	Keys     bundleText `json:"keys,omitempty"`     // initial JWK set, JSON
+	KeysFile string     `json:"keysFile,omitempty"` // or the path of one on the control plane's machine
+	Refresh  string     `json:"refresh,omitempty"`  // "10m"; default: five minutes
+}
+
+// From is some callers, by exactly one of its fields; only a subject stands beside its tokenIssuer.
 type From struct {
 	Workload         string            `json:"workload,omitempty"`
 	WorkloadSelector *WorkloadSelector `json:"workloadSelector,omitempty"`
 	SPIFFEID         string            `json:"spiffeID,omitempty"`    // exact, or with a trailing "/*"
 	TrustDomain      string            `json:"trustDomain,omitempty"` // "example.org": everyone in it
+	TokenIssuer      string            `json:"tokenIssuer,omitempty"` // everyone with a token of this TokenIssuer
+	Subject          string            `json:"subject,omitempty"`     // of them, only this one: the token's sub
 }
 
 // WorkloadSelector is all workloads that have all of these labels.

@@ -46,7 +46,7 @@ func (a *assembler) workload(d *Document, spec *WorkloadSpec) segment.Workload {
 	}
 	slices.Sort(w.Nodes)
 	w.Nodes = slices.Compact(w.Nodes)
-	w.FederatesWith = a.federatesWith(d, spec.FederatesWith)
+	w.FederatesWith = a.named(d, "spec.federatesWith", spec.FederatesWith, false)
 	return w
 }
 

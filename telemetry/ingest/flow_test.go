@@ -137,9 +137,9 @@ func TestHeadersAreNotBelieved(t *testing.T) {
 // Without a certificate the caller is whoever the gateway says that the token is of; with one, it is the certificate's.
 func TestCallerByToken(t *testing.T) {
 	e := entry(t, nil, 200, "")
-	ours, _ := structpb.NewStruct(map[string]any{"caller": "spiffe://example.org/oidc/corp/alice"})
+	ours, _ := structpb.NewStruct(map[string]any{"caller": "spiffe://oidc.example.org/corp/alice"})
 	e.CommonProperties.Metadata.FilterMetadata[ourMetadata] = ours
-	if f := FlowOf(e, nil); f.Caller.Path() != "/oidc/corp/alice" {
+	if f := FlowOf(e, nil); f.Caller.Path() != "/corp/alice" {
 		t.Errorf("caller %q", f.Caller)
 	}
 	e.CommonProperties.TlsProperties = &accesslogv3.TLSProperties{PeerCertificateProperties: &accesslogv3.TLSProperties_CertificateProperties{
