@@ -83,6 +83,7 @@ func (p *plane) trust(edit func(*issuer.Bundles)) {
 	edit(&next)
 	p.bundles.Store(&next)
 	p.identities.SetBundles(next)
+	p.tokenKeys.ofTrustDomains(next)
 	if p.nodes != nil {
 		p.nodes.SetBundles(next)
 	}

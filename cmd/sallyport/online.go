@@ -14,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyport.dev/controlplane/operator"
-	"sallyport.dev/identity/federation"
 	"sallyport.dev/telemetry"
 	"sallyport.dev/telemetry/store"
 	"sallyport.dev/telemetry/view"
@@ -88,9 +87,16 @@ func writeStatus(w io.Writer, st operator.Status) error {
 		}
 	}
 	for _, f := range st.Federation {
-		fmt.Fprintf(t, "federated %s\t%s, next %s\n", f.TrustDomain, federationState(f), moment(f.Next))
+		fmt.Fprintf(t, "federated %s\t%s, next %s\n", f.TrustDomain,
+			known(f.Roots+f.JWTKeys > 0, count(f.Roots, "root")+", "+count(f.JWTKeys, "JWT key"), "nobody is trusted", f.LastSuccess), moment(f.Next))
 		if f.Error != "" {
 			fmt.Fprintf(t, "\t  failed: %s\n", f.Error)
+		}
+	}
+	for _, i := range st.Issuers {
+		fmt.Fprintf(t, "tokens of %s\t%s, next %s\n", i.Name, known(i.Keys > 0, count(i.Keys, "key"), "none can be verified", i.LastSuccess), moment(i.Next))
+		if i.Error != "" {
+			fmt.Fprintf(t, "\t  failed: %s\n", i.Error)
 		}
 	}
 	tel := st.Telemetry
@@ -114,16 +120,15 @@ func writeStatus(w io.Writer, st operator.Status) error {
 	return nil
 }
 
-// federationState says whom a trust domain's bundle authenticates, and since when it is known.
-func federationState(f federation.Status) string {
-	keys := count(f.Roots, "root") + ", " + count(f.JWTKeys, "JWT key")
-	if f.Roots+f.JWTKeys == 0 {
-		keys = "nobody is trusted"
+// known says which keys of others there are, or what it means that there are none, and since when that is known.
+func known(any bool, keys, none string, fetched time.Time) string {
+	if !any {
+		keys = none
 	}
-	if f.LastSuccess.IsZero() {
+	if fetched.IsZero() {
 		return keys + ", never fetched"
 	}
-	return keys + ", fetched " + moment(f.LastSuccess)
+	return keys + ", fetched " + moment(fetched)
 }
 
 func held(c store.Count) int { return int(c.Rows) + c.Waiting }

@@ -92,20 +92,22 @@ type plane struct {
 	log     *slog.Logger
 	state   *stateFolder
 
-	keeper     *disk.Keeper
-	local      *issuer.Local // signs with what the keeper has
-	own        *ownSVID
-	identities *issuer.Issuer
-	trusting   sync.Mutex
-	bundles    bundles
-	follower   *federation.Follower
-	provider   *provider.Source // nil: we are the provider; else all of the above is nil
-	gateways   *xds.Server
-	lists      *catalog.Catalog
-	records    *store.Store
-	forward    *export.Exporter // nil: spans stay here
-	documents  chan v1alpha1.Snapshot
-	pipeline   *controlplane.Pipeline
+	keeper       *disk.Keeper
+	local        *issuer.Local // signs with what the keeper has
+	own          *ownSVID
+	identities   *issuer.Issuer
+	trusting     sync.Mutex
+	bundles      bundles
+	follower     *federation.Follower
+	provider     *provider.Source // nil: we are the provider; else all of the above is nil
+	tokenIssuers *federation.Issuers
+	tokenKeys    tokenKeys
+	gateways     *xds.Server
+	lists        *catalog.Catalog
+	records      *store.Store
+	forward      *export.Exporter // nil: spans stay here
+	documents    chan v1alpha1.Snapshot
+	pipeline     *controlplane.Pipeline
 
 	otlpListener   net.Listener // nil: none
 	operatorSocket net.Listener
@@ -142,8 +144,12 @@ func newPlane(ctx context.Context, f planeFlags, options v1alpha1.Options, log *
 }
 
 func (p *plane) open(ctx context.Context) error {
-	sinks := []controlplane.Sink{published{p}}
-	var err error
+	p.tokenKeys.changed = make(chan envoy.Keys, 1)
+	err := p.openTokenIssuers()
+	if err != nil {
+		return err
+	}
+	sinks := []controlplane.Sink{issuing{p.tokenIssuers}, published{p}}
 	if p.identity != "" {
 		err = p.openProvider()
 	} else if err = p.openIssuer(ctx); err == nil {
@@ -166,7 +172,7 @@ func (p *plane) open(ctx context.Context) error {
 	}
 	p.documents = make(chan v1alpha1.Snapshot)
 	p.pipeline = &controlplane.Pipeline{
-		Options: p.options, Documents: p.documents, Names: names, Log: p.log,
+		Options: p.options, Documents: p.documents, Names: names, Keys: p.tokenKeys.changed, Log: p.log,
 	}
 	p.pipeline.Sinks = append(sinks, p.lists)
 	if p.operatorSocket, err = p.state.listen("operator.sock"); err != nil {
@@ -233,7 +239,7 @@ func (p *plane) run(ctx context.Context, about operator.About, start func(group 
 	about.AgentListen, about.GatewayListen = p.agentListen, p.gatewayListen
 	p.federation.about(&about)
 	serveHTTP(serving, group, (&operator.Server{
-		About: about, Pipeline: p.pipeline, Gateways: p.gateways, Federation: p.federatedWith(), Store: p.records, Actions: p.actions(),
+		About: about, Pipeline: p.pipeline, Gateways: p.gateways, Federation: p.federatedWith(), Issuers: p.tokenIssuers, Store: p.records, Actions: p.actions(),
 	}).Handler(), p.operatorSocket)
 	p.serveIdentity(serving, group)
 	if p.otlpListener != nil {

@@ -46,8 +46,10 @@ func providerSocket(s string) (string, error) {
 
 // serveIdentity keeps what identities come from.
 func (p *plane) serveIdentity(ctx context.Context, group *errgroup.Group) {
+	group.Go(func() error { return p.tokenIssuers.Run(ctx) })
 	if p.provider != nil {
 		group.Go(func() error { return p.provider.Run(ctx) })
+		group.Go(func() error { return p.tokenKeys.follow(ctx, p.provider) })
 		return
 	}
 	group.Go(func() error { return p.keeper.Run(ctx) })

@@ -1,6 +1,6 @@
 -- Who asks? What both scripts know of it: this one stands before each of them.
 
-local byte, gsub, find, match, format = string.byte, string.gsub, string.find, string.match, string.format
+local byte, sub, gsub, find, match, format = string.byte, string.sub, string.gsub, string.find, string.match, string.format
 
 local SPACE = "sallyport"
 

@@ -23,6 +23,7 @@ import (
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -173,7 +174,7 @@ func (c *checker) listener(x *listenerv3.Listener) {
 			continue
 		}
 		endpoint := segment.EndpointName(chain.Name)
-		if name := manager.GetRds().GetRouteConfigName(); name != routesName(endpoint, tokens) || !c.routes[name] {
+		if name := manager.GetRds().GetRouteConfigName(); name != routesName(endpoint, !tokens.IsZero()) || !c.routes[name] {
 			c.wrong("has routes %q, which do not exist or are another's", name)
 		}
 		if len(manager.UpgradeConfigs) > 0 {
@@ -191,11 +192,12 @@ func exactNames(names []string) bool {
 	return len(names) > 0 && !slices.ContainsFunc(names, func(s string) bool { return s == "" || strings.Contains(s, "*") })
 }
 
-// downstream reports whether callers need no client certificate; then they need a token, and the filters must see to it.
-func (c *checker) downstream(socket *anypb.Any) (tokens bool) {
+// downstream returns the trust domain whose members need no client certificate; then they need a token, and the filters must
+// see to it. Zero: everybody needs one.
+func (c *checker) downstream(socket *anypb.Any) (tokens spiffeid.TrustDomain) {
 	tls := &tlsv3.DownstreamTlsContext{}
 	if !c.unpack(socket, tls) {
-		return false
+		return tokens
 	}
 	if !tls.GetDisableStatelessSessionResumption() || !tls.GetDisableStatefulSessionResumption() {
 		c.wrong("resumes sessions, which skips the validation of certificates")
@@ -204,19 +206,30 @@ func (c *checker) downstream(socket *anypb.Any) (tokens bool) {
 	if common.GetTlsParams().GetTlsMinimumProtocolVersion() != tlsv3.TlsParameters_TLSv1_3 {
 		c.wrong("allows less than TLS 1.3")
 	}
-	if common.GetValidationContextSdsSecretConfig().GetName() != validationSecret {
+	s := common.GetTlsCertificateSdsSecretConfigs()
+	if len(s) != 1 {
+		c.wrong("has another certificate than an SVID")
+		return tokens
+	}
+	own, err := spiffeid.FromString(s[0].Name)
+	if err != nil {
+		c.wrong("has another certificate than an SVID: %v", err)
+		return tokens
+	}
+	validation := validationSecret
+	if !tls.GetRequireClientCertificate().GetValue() {
+		tokens, validation = own.TrustDomain(), own.TrustDomain().IDString()
+	}
+	if common.GetValidationContextSdsSecretConfig().GetName() != validation {
 		c.wrong("does not validate SPIFFE IDs")
 	}
-	if s := common.GetTlsCertificateSdsSecretConfigs(); len(s) != 1 || !strings.HasPrefix(s[0].Name, "spiffe://") {
-		c.wrong("has another certificate than an SVID")
-	}
-	return !tls.GetRequireClientCertificate().GetValue()
+	return tokens
 }
 
 // filters demands: every discovered filter exists and denies while it is missing, rights come after all that
 // prepare the question, in its order, and directly before the router, which comes last.
-func (c *checker) filters(endpoint segment.EndpointName, tokens bool, filters []*hcmv3.HttpFilter) {
-	n := len(filters)
+func (c *checker) filters(endpoint segment.EndpointName, own spiffeid.TrustDomain, filters []*hcmv3.HttpFilter) {
+	n, tokens := len(filters), !own.IsZero()
 	members, rights := MembersName(endpoint)+told(tokens), RightsName(endpoint)
 	if classes := ClassesName(endpoint) + told(tokens); c.extensions[classes] {
 		members, rights = classes, ClassRightsName(endpoint)
@@ -232,7 +245,7 @@ func (c *checker) filters(endpoint segment.EndpointName, tokens bool, filters []
 	}
 	if tokens {
 		order = slices.Insert(order, 0, TokensName(endpoint), callerFilter)
-		if n < 2 || !proto.Equal(filters[1].GetTypedConfig(), pack(identifier())) {
+		if n < 2 || !proto.Equal(filters[1].GetTypedConfig(), pack(identifier(own))) {
 			c.wrong("requires no client certificate, and lets in whoever has no token either")
 		}
 	}

@@ -5,7 +5,7 @@
 -- Names the resource that extract.go says the route has; extract.go says too what is left where. caller.lua stands before it.
 
 local ffi = require("ffi")
-local sub, lower = string.sub, string.lower
+local lower = string.lower
 
 local DEEPEST = 64        -- nesting of JSON
 local LONGEST_NAME = 256  -- bytes

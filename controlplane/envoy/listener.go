@@ -66,19 +66,25 @@ func listener(cfg *segment.Config, forms map[segment.EndpointName]form) *listene
 }
 
 // downstreamTLS demands a certificate that the SPIFFE validator accepts. There is no resumption: a resumed session
-// would skip the validation. Where there are tokens, there need not be a certificate; one that comes must be good.
+// would skip the validation. Where there are tokens, there need not be a certificate; one that comes must be good. Both the
+// SPIFFE validator and a matcher of names would demand one nevertheless, so there it is the authorities of the own trust
+// domain alone that count, and the caller stage looks at the name.
 func downstreamTLS(g segment.Gateway, tokens bool) *corev3.TransportSocket {
+	common := &tlsv3.CommonTlsContext{
+		TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
+		AlpnProtocols:                  []string{"h2", "http/1.1"},
+		TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{secret(g.ID.String())},
+	}
+	validation := validationSecret
+	if tokens {
+		validation = g.ID.TrustDomain().IDString()
+	}
+	common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: secret(validation)}
 	return &corev3.TransportSocket{Name: "tls", ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: pack(&tlsv3.DownstreamTlsContext{
 		RequireClientCertificate:         wrapperspb.Bool(!tokens),
 		DisableStatefulSessionResumption: true,
 		SessionTicketKeysType:            &tlsv3.DownstreamTlsContext_DisableStatelessSessionResumption{DisableStatelessSessionResumption: true},
-		CommonTlsContext: &tlsv3.CommonTlsContext{
-			TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
-			AlpnProtocols:                  []string{"h2", "http/1.1"},
-			TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{secret(g.ID.String())},
-			ValidationContextType: &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{
-				ValidationContextSdsSecretConfig: secret(validationSecret)},
-		},
+		CommonTlsContext:                 common,
 	})}}
 }
 
@@ -93,7 +99,7 @@ func connectionManager(e *segment.Endpoint, g segment.Gateway, form form) *hcmv3
 		StatPrefix: string(e.Name),
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
 			RouteConfigName: routesName(e.Name, e.Tokens != nil), ConfigSource: fromADS()}},
-		HttpFilters:      filters(e, form),
+		HttpFilters:      filters(e, g, form),
 		LocalReplyConfig: localReplies(e),
 		Tracing:          tracing(e),
 		AccessLog:        requests(e),
@@ -137,7 +143,7 @@ func nobody() []*corev3.CidrRange {
 // filters is the way of a request through an endpoint. The body is read first, so that a denied caller has sent it
 // all and sees the answer (HTTP/2 clients take an answer before that for a broken stream). Nothing after rights
 // may clear the route cache.
-func filters(e *segment.Endpoint, form form) []*hcmv3.HttpFilter {
+func filters(e *segment.Endpoint, g segment.Gateway, form form) []*hcmv3.HttpFilter {
 	tokens := e.Tokens != nil
 	members, rights := discovered(MembersName(e.Name)+told(tokens), typeURL(&setstatev3.Config{})), discovered(RightsName(e.Name))
 	switch {
@@ -148,7 +154,7 @@ func filters(e *segment.Endpoint, form form) []*hcmv3.HttpFilter {
 	}
 	var list []*hcmv3.HttpFilter
 	if tokens { // a stranger's body is not read
-		list = append(list, discovered(TokensName(e.Name), typeURL(&jwtv3.JwtAuthentication{})), filter(callerFilter, identifier()))
+		list = append(list, discovered(TokensName(e.Name), typeURL(&jwtv3.JwtAuthentication{})), filter(callerFilter, identifier(g.ID.TrustDomain())))
 	}
 	list = append(list,
 		filter(bodyFilter, &bufferv3.Buffer{MaxRequestBytes: wrapperspb.UInt32(MaxBodyBytes)}),

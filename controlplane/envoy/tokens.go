@@ -2,6 +2,7 @@ package envoy
 
 import (
 	_ "embed"
+	"fmt"
 
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	jwtv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/jwt_authn/v3"
@@ -98,7 +99,7 @@ func verifier(cfg *segment.Config, e *segment.Endpoint, keys Keys) proto.Message
 	return filter
 }
 
-// identifier is the filter that knows the caller.
-func identifier() proto.Message {
-	return &luav3.Lua{DefaultSourceCode: inline(callerScript + tokensScript)}
+// identifier is the filter that knows the caller. Certificates are those of the own trust domain.
+func identifier(own spiffeid.TrustDomain) proto.Message {
+	return &luav3.Lua{DefaultSourceCode: inline(fmt.Sprintf("local OWN = %q\n", own.IDString()+"/") + callerScript + tokensScript)}
 }

@@ -2,6 +2,8 @@
 -- (SDKs insist on sending some key); else whoever has a token that was verified is what that one stands for; nobody else
 -- gets further. tokens.go says how claims are kept. If anything here fails, there is no caller, and then nothing is resolved.
 
+-- OWN, before all of this, is what the SPIFFE IDs in the certificates begin with that this endpoint accepts.
+
 local CLAIMS = "envoy.filters.http.jwt_authn" -- where the filter before this one leaves them
 local LONGEST_SUBJECT = 255 -- bytes (OpenID Connect Core 1.0, section 2)
 local LONGEST_REQUEST = 86400 -- seconds
@@ -51,7 +53,7 @@ function envoy_on_request(handle)
   local caller, ends
   if tls:peerCertificatePresented() then
     caller, ends = certified(tls)
-    if not caller then return refuse(handle, 401, "come with a certificate that names nobody") end
+    if not caller or sub(caller, 1, #OWN) ~= OWN then return refuse(handle, 401, "come with a certificate that names nobody") end
   else
     caller, ends = token_holder(known:get(CLAIMS))
     if not caller then

@@ -35,7 +35,11 @@ type Server struct {
 	Gateways interface{ Status() []xds.Status }
 	// Federation is the other trust domains.
 	Federation interface{ Status() []federation.Status }
-	Store      *store.Store
+	// Issuers are those whose tokens endpoints take.
+	Issuers interface {
+		Status() []federation.IssuerStatus
+	}
+	Store *store.Store
 	// Actions are the operations of other parts, by the pattern of their requests ("POST /tokens"). What one returns is
 	// the answer as JSON. Its errors are shown as they are, with a hint where they are a *RefusedError.
 	Actions map[string]func(url.Values) (any, error)
@@ -66,7 +70,9 @@ type Status struct {
 	Gateways   []xds.Status     `json:"gateways"`
 	// Federation is what is known of other trust domains.
 	Federation []federation.Status `json:"federation,omitempty"`
-	Telemetry  store.Stats         `json:"telemetry"`
+	// Issuers is what is known of those whose tokens endpoints take.
+	Issuers   []federation.IssuerStatus `json:"issuers,omitempty"`
+	Telemetry store.Stats               `json:"telemetry"`
 }
 
 // Generation is a generation in numbers.
@@ -118,7 +124,7 @@ func (s *Server) Handler() http.Handler {
 func (s *Server) status(w http.ResponseWriter, r *http.Request) {
 	state := s.Pipeline.State()
 	out := Status{About: s.About, Problems: state.Problems, Failure: state.Failure,
-		Gateways: s.Gateways.Status(), Federation: s.Federation.Status(), Telemetry: s.Store.Stats(r.Context())}
+		Gateways: s.Gateways.Status(), Federation: s.Federation.Status(), Issuers: s.Issuers.Status(), Telemetry: s.Store.Stats(r.Context())}
 	if g := state.Generation; g != nil {
 		out.Generation = &Generation{g.Digest, g.Made, len(g.Config.Endpoints), len(g.Config.Workloads), len(g.Config.Grants)}
 	}

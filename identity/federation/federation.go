@@ -1,11 +1,12 @@
-// Package federation makes trust domains known to each other (SPIFFE Federation): it serves the own bundle, to other
-// trust domains and to whoever verifies JWT-SVIDs as OpenID Connect tokens, and follows the bundles of others.
+// Package federation makes others' keys known here, and ours to others (SPIFFE Federation; OpenID Connect Discovery
+// 1.0): it serves the own bundle, to other trust domains and to whoever verifies JWT-SVIDs as OpenID Connect tokens, and
+// follows the bundles of other trust domains and the keys of OpenID providers.
 //
-// It is for control planes. A bundle is trusted only if it came from the endpoint that a document names,
-// authenticated as the document says, and only for the trust domain that the document names; the bundles of two trust
-// domains are never put together. What is doubtful is refused, and the last good bundle stays until a better one comes
-// or the document goes. It listens nowhere, holds no private key of a trust domain, and never asks its peers who they
-// are: everything that it serves is public.
+// It is for control planes. Keys are trusted only if they came from where a document says, authenticated as the document
+// says, and only for the trust domain or the issuer that the document names; those of two are never put together. What is
+// doubtful is refused, and the last good keys stay until better ones come or the document goes. It listens nowhere, holds
+// no private key of a trust domain, verifies no token, and never asks its peers who they are: everything that it serves
+// is public.
 package federation
 
 import (
@@ -32,9 +33,6 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 )
-
-// defaultHint is what the specification recommends to clients that are told nothing (SPIFFE Federation, 4.1).
-const defaultHint = 5 * time.Minute
 
 // HandlerConfig is what a handler serves.
 type HandlerConfig struct {
@@ -68,7 +66,7 @@ func NewHandler(c HandlerConfig) (http.Handler, error) {
 	if err != nil {
 		return nil, fmt.Errorf("use issuer: %w", err)
 	}
-	mux.HandleFunc("GET "+base+"/.well-known/openid-configuration", func(w http.ResponseWriter, r *http.Request) {
+	mux.HandleFunc("GET "+base+discovery, func(w http.ResponseWriter, r *http.Request) {
 		serve(w, r, configuration)
 	})
 	mux.Handle("GET "+base+"/keys", &published{source: c.Bundle, encode: keySet})
@@ -89,6 +87,9 @@ func issuerPath(issuer string) (string, error) {
 	}
 	return base, nil
 }
+
+// discovery is where an OpenID provider describes itself, below its issuer (OpenID Connect Discovery 1.0, 4).
+const discovery = "/.well-known/openid-configuration"
 
 // configuration is an OpenID provider's metadata (OpenID Connect Discovery 1.0, 3), as far as there is something to
 // say: nobody logs in here, so there is no authorization endpoint.

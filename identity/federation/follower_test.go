@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -479,7 +480,7 @@ func TestRestart(t *testing.T) {
 		}
 		f.end()
 
-		for path, want := range map[string]os.FileMode{dir: 0o700, f.folder.path(other): 0o600} {
+		for path, want := range map[string]os.FileMode{dir: 0o700, f.engine.folder.path(other.Name()): 0o600} {
 			if info, err := os.Stat(path); err != nil || info.Mode().Perm() != want {
 				t.Errorf("%s: %v, %v", path, info, err)
 			}
@@ -683,22 +684,26 @@ func TestDoubtfulFolder(t *testing.T) {
 		t.Errorf("a folder that is open to others: %v", err)
 	}
 
-	dir = stateDir(t)
-	if err := openFolder(dir); err != nil {
+	f, err := New(Config{Dir: stateDir(t)})
+	if err != nil {
 		t.Fatal(err)
 	}
-	good := record{bundle: bundleOf(3, authority(t, other))}
-	for name, spoil := range map[string]func(path string, text []byte) error{
-		"torn": func(path string, text []byte) error { return os.WriteFile(path, text[:len(text)/2], 0o600) },
-		"open": func(path string, _ []byte) error { return os.Chmod(path, 0o644) },
-		"link": func(path string, _ []byte) error { return os.Symlink("/dev/zero", path+"x") },
-		"theirs": func(path string, _ []byte) error {
-			return folder(dir).save(third, record{bundle: bundleOf(1, authority(t, third))})
+	good := bundleOf(3, authority(t, other))
+	save := func(b *spiffebundle.Bundle) error {
+		return (&domain{Follower: f, bundle: b}).keep(segment.TrustDomain{Domain: b.TrustDomain()}, time.Now())
+	}
+	path := f.engine.folder.path(other.Name())
+	for name, spoil := range map[string]func(text []byte) error{
+		"torn": func(text []byte) error { return os.WriteFile(path, text[:len(text)/2], 0o600) },
+		"open": func([]byte) error { return os.Chmod(path, 0o644) },
+		"link": func([]byte) error { return errors.Join(os.Symlink("/dev/zero", path+"x"), os.Rename(path+"x", path)) },
+		"theirs": func([]byte) error {
+			return errors.Join(save(bundleOf(1, authority(t, third))), os.Rename(f.engine.folder.path(third.Name()), path))
 		},
-		"moved": func(path string, text []byte) error {
+		"moved": func(text []byte) error {
 			return os.WriteFile(path, []byte(strings.Replace(string(text), `"other.org"`, `"third.org"`, 1)), 0o600)
 		},
-		"bundle without a word of keys": func(path string, text []byte) error {
+		"bundle without a word of keys": func(text []byte) error {
 			var r map[string]json.RawMessage
 			if err := json.Unmarshal(text, &r); err != nil {
 				return err
@@ -712,37 +717,29 @@ func TestDoubtfulFolder(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			path := folder(dir).path(other)
-			if err := folder(dir).save(other, good); err != nil {
+			if err := save(good); err != nil {
 				t.Fatal(err)
 			}
 			text, err := os.ReadFile(path)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if kept, err := folder(dir).load(other); err != nil || !kept.bundle.Equal(good.bundle) {
-				t.Fatal(kept, err)
+			d := &domain{Follower: f}
+			if err := d.load(other); err != nil || !d.bundle.Equal(good) {
+				t.Fatal(d.bundle, err)
 			}
-			if err := spoil(path, text); err != nil {
+			if err := spoil(text); err != nil {
 				t.Fatal(err)
 			}
-			switch name {
-			case "link":
-				if err := os.Rename(path+"x", path); err != nil {
-					t.Fatal(err)
-				}
-			case "theirs":
-				if err := os.Rename(folder(dir).path(third), path); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if kept, err := folder(dir).load(other); err == nil {
-				t.Errorf("loaded %+v", kept)
+			d = &domain{Follower: f}
+			if err := d.load(other); err == nil || d.bundle != nil {
+				t.Errorf("loaded %+v", d)
 			}
 		})
 	}
-	if kept, err := folder(dir).load(third); kept != nil || err != nil {
-		t.Error(kept, err)
+	d := &domain{Follower: f}
+	if err := d.load(third); err != nil || d.bundle != nil {
+		t.Error(d, err)
 	}
 }
 
@@ -756,16 +753,15 @@ func TestTimes(t *testing.T) {
 		if rapid.Bool().Draw(t, "hinted") {
 			b.SetRefreshHint(time.Duration(rapid.Int64().Draw(t, "hint")))
 		}
-		if wait := refreshAfter(segment.TrustDomain{}, b); wait < minRefresh || wait > maxRefresh {
+		hint, _ := b.RefreshHint()
+		if wait := refreshAfter(0, hint); wait < minRefresh || wait > maxRefresh {
 			t.Errorf("refresh after %s", wait)
 		}
 	})
-	b := spiffebundle.New(other)
-	if wait := refreshAfter(segment.TrustDomain{}, b); wait != 5*time.Minute {
+	if wait := refreshAfter(0, 0); wait != 5*time.Minute {
 		t.Errorf("without a hint: %s", wait)
 	}
-	b.SetRefreshHint(time.Hour)
-	if wait := refreshAfter(segment.TrustDomain{Refresh: 2 * time.Minute}, b); wait != 2*time.Minute {
+	if wait := refreshAfter(2*time.Minute, time.Hour); wait != 2*time.Minute {
 		t.Errorf("against the document: %s", wait)
 	}
 }
@@ -786,7 +782,7 @@ func TestFetchRefuses(t *testing.T) {
 			t.Errorf("%+v was dialled", e)
 			return nil, os.ErrInvalid
 		}}
-		if _, err := f.fetch(t.Context(), segment.TrustDomain{Domain: other, Endpoint: e}, nil); err == nil {
+		if _, err := f.bundle(t.Context(), segment.TrustDomain{Domain: other, Endpoint: e}, nil); err == nil {
 			t.Errorf("%+v: no error", e)
 		}
 	}

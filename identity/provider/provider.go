@@ -2,8 +2,9 @@
 //
 // It is for control planes and agents that are workloads of a SPIFFE deployment which exists already: their TLS takes
 // a Source for its certificate and for whom it trusts. A Source follows each rotation at once, keeps what it has while
-// the provider is away, and never gives out what was taken back or has expired. It never makes, writes or logs a key,
-// and cannot sign: whoever is to hand out identities to others needs package issuer instead.
+// the provider is away, and never gives out what was taken back or has expired. It also has the keys that verify
+// JWT-SVIDs, for who takes them from callers, but gets none itself. It never makes, writes or logs a key, and cannot sign:
+// whoever is to hand out identities to others needs package issuer instead.
 //
 // Gateways don't need it. SPIRE's agent serves SDS on the socket of its Workload API, by the names that package sds
 // uses too, so an Envoy's identity cluster is pointed at that socket and Envoy itself is the workload.
@@ -18,9 +19,11 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -49,6 +52,7 @@ type Config struct {
 type Source struct {
 	config Config
 	state  atomic.Pointer[state]
+	jwt    atomic.Pointer[jwtState]
 }
 
 // state is what was last got. It is immutable, but for changed, which is closed when there are other SVIDs or bundles.
@@ -63,6 +67,7 @@ type state struct {
 func New(c Config) *Source {
 	s := &Source{config: c}
 	s.state.Store(&state{err: errors.New("no answer yet"), changed: make(chan struct{})})
+	s.jwt.Store(&jwtState{changed: make(chan struct{})})
 	return s
 }
 
@@ -130,14 +135,15 @@ func (s *Source) failed(err error) error {
 	return fmt.Errorf("get SVID from %s: %w", s.config.Addr, err)
 }
 
-// answer is what the provider said: an X509Context, or an error.
-type answer struct {
-	got *workloadapi.X509Context
+// answer is what the provider said: what it was asked for, or an error.
+type answer[T any] struct {
+	got T
 	err error
 }
 
 // Run follows the provider until the context ends, and then returns nil. It fails if the address is none, and where the
-// provider calls us wrong (InvalidArgument), which no repetition would mend (Workload Endpoint, 6).
+// provider calls us wrong (InvalidArgument), which no repetition would mend (Workload Endpoint, 6). What becomes of JWT
+// bundles never ends it.
 func (s *Source) Run(ctx context.Context) error {
 	client, err := workloadapi.New(ctx,
 		workloadapi.WithAddr(s.config.Addr),
@@ -150,13 +156,27 @@ func (s *Source) Run(ctx context.Context) error {
 		return fmt.Errorf("use Workload API: %w", err)
 	}
 	defer client.Close()
-	answers := make(chan answer)
+	var following sync.WaitGroup
+	defer following.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	answers := make(chan answer[*workloadapi.X509Context])
+	jwtAnswers := make(chan answer[*jwtbundle.Set])
 	ended := make(chan error, 1)
-	go func() { ended <- follow(ctx, client, watcher{ctx, answers}) }()
+	following.Go(func() {
+		w := x509Watcher{watcher[*workloadapi.X509Context]{ctx, answers}}
+		ended <- follow(ctx, func() error { return client.WatchX509Context(ctx, w) })
+	})
+	following.Go(func() {
+		w := jwtWatcher{watcher[*jwtbundle.Set]{ctx, jwtAnswers}}
+		_ = follow(ctx, func() error { return client.WatchJWTBundles(ctx, w) }) // it was logged
+	})
 	for {
 		select {
 		case a := <-answers:
 			s.take(a, time.Now())
+		case a := <-jwtAnswers:
+			s.takeJWT(a)
 		case <-s.expiry(time.Now()):
 			s.expire(time.Now())
 		case err := <-ended: // also when the context ends
@@ -166,14 +186,14 @@ func (s *Source) Run(ctx context.Context) error {
 }
 
 // follow watches until the context ends. go-spiffe's watch ends as well when it is the provider that cancels.
-func follow(ctx context.Context, client *workloadapi.Client, w watcher) error {
+func follow(ctx context.Context, watch func() error) error {
 	for wait := (backoffs{}).NewBackoff(); ; {
-		err := client.WatchX509Context(ctx, w)
+		err := watch()
 		if ctx.Err() != nil {
 			return nil //nolint:nilerr // it was told to end
 		}
 		if status.Code(err) == codes.InvalidArgument {
-			return fmt.Errorf("watch SVID: %w", err)
+			return fmt.Errorf("watch Workload API: %w", err)
 		}
 		select {
 		case <-time.After(wait.Next()):
@@ -184,7 +204,7 @@ func follow(ctx context.Context, client *workloadapi.Client, w watcher) error {
 }
 
 // take puts an answer in the place of what was before. All of an answer counts, or nothing.
-func (s *Source) take(a answer, now time.Time) {
+func (s *Source) take(a answer[*workloadapi.X509Context], now time.Time) {
 	before := s.state.Load()
 	next := *before
 	next.err = a.err
@@ -257,25 +277,33 @@ func (s *Source) expire(now time.Time) {
 }
 
 // watcher hands go-spiffe's answers to the goroutine that owns the state.
-type watcher struct {
+type watcher[T any] struct {
 	ctx     context.Context
-	answers chan<- answer
+	answers chan<- answer[T]
 }
 
-func (w watcher) OnX509ContextUpdate(got *workloadapi.X509Context) { w.send(answer{got: got}) }
+func (w watcher[T]) got(got T) { w.send(answer[T]{got: got}) }
 
-func (w watcher) OnX509ContextWatchError(err error) {
+func (w watcher[T]) failed(err error) {
 	if w.ctx.Err() == nil { // else it only says that we end
-		w.send(answer{err: err})
+		w.send(answer[T]{err: err})
 	}
 }
 
-func (w watcher) send(a answer) {
+func (w watcher[T]) send(a answer[T]) {
 	select {
 	case w.answers <- a:
 	case <-w.ctx.Done():
 	}
 }
+
+// x509Watcher is a watcher as go-spiffe wants it.
+type x509Watcher struct {
+	watcher[*workloadapi.X509Context]
+}
+
+func (w x509Watcher) OnX509ContextUpdate(got *workloadapi.X509Context) { w.got(got) }
+func (w x509Watcher) OnX509ContextWatchError(err error)                { w.failed(err) }
 
 // backoffs is go-spiffe's BackoffStrategy: twice as long each time, and never the same on two machines.
 type backoffs struct{}

@@ -39,7 +39,7 @@ func TestStartErrors(t *testing.T) {
 			says []string
 		}{
 			{"no documents", []string{"-f", "/nowhere/at/all"}, 3, []string{"read documents", "hint: make the folder"}},
-			{"the same state", []string{"--state", running.state}, 3, []string{"another `sallyport up` is running with state " + running.state, "hint: stop it"}},
+			{"the same state", []string{"--state", running.state}, 3, []string{"another sallyport is running with state " + running.state, "hint: stop it"}},
 			{"the same workload socket", []string{"--workload-socket", running.socket}, 3, []string{"another process is listening", "--workload-socket"}},
 			{"the same port", []string{"--listen", running.listen}, 3, []string{"address already in use", "hint: name another address with --listen"}},
 			{"no address", []string{"--listen", "somewhere"}, 2, []string{"--listen", "hint: give an IP address and a port"}},
