@@ -9,10 +9,13 @@ type Slot struct {
 	Activated           time.Time // since when it signs; zero: it does not yet
 	SignedUntil         time.Time // when the last thing that it signed ends
 	Leaving             bool      // it is to be replaced as soon as may be, whatever its age
+	Distrusted          bool      // nobody is to trust it any more, whatever it signed: its key is somebody else's too
 }
 
 // Valid reports whether the slot may sign now, if it has been activated.
-func (s Slot) Valid(now time.Time) bool { return !now.Before(s.NotBefore) && now.Before(s.NotAfter) }
+func (s Slot) Valid(now time.Time) bool {
+	return !s.Distrusted && !now.Before(s.NotBefore) && now.Before(s.NotAfter)
+}
 
 // at is the moment when a part of the slot's life is over.
 func (s Slot) at(part, of int64) time.Time {
@@ -42,7 +45,7 @@ type Rotation struct {
 type Plan struct {
 	Prepare bool  // make another slot and append it to the others
 	Signs   int   // the slot that signs, to be activated if it is not; it may be the one to be prepared; -1: none may
-	Retire  []int // slots that nobody needs to trust any more, in rising order; never the one that signs
+	Retire  []int // slots that nobody needs or ought to trust any more, in rising order; never the one that signs
 	// Again is when to plan again if nothing happens before; zero: not known.
 	Again time.Time
 }
@@ -54,6 +57,8 @@ type Plan struct {
 // or not; if everything begins later, because the clock has gone back, nobody signs, nothing is made, and nothing is
 // thrown away. A slot whose successor lies in the future signs on. What a clock that ran ahead has ended is there for
 // another Overlap, should it go back.
+//
+// A slot that is distrusted never signs, and goes as soon as another has signed, whatever time it is.
 func (r Rotation) Plan(slots []Slot, now time.Time) Plan {
 	p := Plan{Signs: Signing(slots, now)}
 	next, behind := -1, false
@@ -100,6 +105,8 @@ func (r Rotation) Plan(slots []Slot, now time.Time) Plan {
 			over = s.NotAfter
 		}
 		switch {
+		case s.Distrusted:
+			p.Retire = append(p.Retire, i)
 		case i == p.Signs || now.Before(s.NotBefore):
 		case now.Before(over) || now.Before(proven):
 			again(over)

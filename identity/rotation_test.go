@@ -38,6 +38,9 @@ func (l *line) follow(t fataler, now time.Time) identity.Plan {
 	for range 4 {
 		p := l.Plan(l.slots, now)
 		if !l.acts(p) {
+			if p.Signs >= 0 && slices.ContainsFunc(l.slots, func(s identity.Slot) bool { return s.Distrusted }) {
+				t.Fatalf("who is distrusted stays at %s: %+v", now, l.slots)
+			}
 			return p
 		}
 		taken := slices.ContainsFunc(l.slots, func(s identity.Slot) bool { return !s.Activated.IsZero() && s.Valid(now) })
@@ -110,6 +113,12 @@ func (l *line) covered(t fataler, now time.Time) {
 	}
 }
 
+// distrust makes a slot one whose key was stolen: nobody needs what it signed any more.
+func (l *line) distrust(i int) {
+	l.slots[i].Distrusted = true
+	l.signed = slices.DeleteFunc(l.signed, func(s signature) bool { return s.by == l.names[i] })
+}
+
 // duration draws from a range.
 func duration(t *rapid.T, from, to time.Duration, what string) time.Duration {
 	return time.Duration(rapid.Int64Range(int64(from), int64(to)).Draw(t, what))
@@ -133,7 +142,7 @@ func TestRotationUnderAnyClock(t *testing.T) {
 			p := l.follow(t, now)
 			l.covered(t, now)
 			l.sign(t, p, now)
-			switch rapid.IntRange(0, 5).Draw(t, "what happens") {
+			switch rapid.IntRange(0, 6).Draw(t, "what happens") {
 			case 0:
 				now = now.Add(-duration(t, 0, 3*l.life, "clock goes back"))
 			case 1:
@@ -142,6 +151,8 @@ func TestRotationUnderAnyClock(t *testing.T) {
 				if p.Signs >= 0 {
 					l.slots[p.Signs].Leaving = true
 				}
+			case 3:
+				l.distrust(rapid.IntRange(0, len(l.slots)-1).Draw(t, "distrusted"))
 			default:
 				now = now.Add(duration(t, 0, l.life/4, "time goes by"))
 			}
@@ -221,6 +232,40 @@ func TestLifeOfRoots(t *testing.T) {
 2075-01-01 activate 4
 2075-01-02 it is now
 2050-01-05 it is now
+`
+	if diff := cmp.Diff(want, l.log.String()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// Who is distrusted goes at once, whatever it signed; the one that signs, as soon as another signs in its place.
+func TestDistrusted(t *testing.T) {
+	l := &line{Rotation: identity.Rotation{Overlap: day}, life: 100 * day, ttl: 10 * day}
+	now := start
+	for range 68 {
+		l.sign(t, l.follow(t, now), now)
+		now = now.Add(day)
+	}
+	l.distrust(0) // the one before
+	l.follow(t, now)
+	l.distrust(0) // the only one
+	l.sign(t, l.follow(t, now), now)
+	l.covered(t, now)
+	now = now.Add(50 * day)
+	l.follow(t, now)
+	l.distrust(1) // the next
+	l.sign(t, l.follow(t, now), now)
+	want := `2026-03-01 prepare 1
+2026-03-01 activate 1
+2026-04-20 prepare 2
+2026-05-07 activate 2
+2026-05-08 retire 1
+2026-05-08 prepare 3
+2026-05-08 activate 3
+2026-05-08 retire 2
+2026-06-27 prepare 4
+2026-06-27 prepare 5
+2026-06-27 retire 4
 `
 	if diff := cmp.Diff(want, l.log.String()); diff != "" {
 		t.Error(diff)

@@ -22,11 +22,11 @@ import (
 func caCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ca",
-		Short: "Show, export and rotate the authorities that issue identities",
+		Short: "Show, export, rotate and distrust the authorities that issue identities",
 		Args:  noArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(caShowCommand(), caExportCommand(), caRotateCommand())
+	cmd.AddCommand(caShowCommand(), caExportCommand(), caRotateCommand(), caDistrustCommand())
 	return cmd
 }
 
@@ -53,7 +53,7 @@ func askOrRead[T any](cmd *cobra.Command, c *caState, call func(*operator.Client
 	}
 	answer, err = read(filepath.Join(c.state, "ca"), key)
 	if errors.Is(err, fs.ErrNotExist) {
-		return answer, failed("start it with `sallyport up -f DIR`, or name its state folder with --state",
+		return answer, failed("start it with `sallyport up -f DIR` or `sallyport controlplane -f DIR`, or name its state folder with --state",
 			"no control plane is running with state %s, and none has been", c.state)
 	}
 	return answer, err
@@ -106,6 +106,8 @@ func writeCA(w io.Writer, d disk.Description) error {
 	slot := func(kind string, s disk.Slot) {
 		says := "signs, until " + s.NotAfter.Format(time.RFC3339)
 		switch {
+		case s.State == disk.Distrusted:
+			says = "nobody is to trust it, although the upstream authority may"
 		case s.State == disk.Prepared:
 			says = "trusted since " + s.Prepared.Format(time.RFC3339) + ", to sign next"
 		case s.State == disk.Old && s.SignedUntil.IsZero():
@@ -196,7 +198,8 @@ func caRotateCommand() *cobra.Command {
 JWT-SVIDs (jwt), or both. It is trusted from then on, and signs when everybody has had the time to learn of it. What
 came before is trusted until all that it signed has ended. Time does all of this by itself, long before anything ends.
 
-With --now it signs at once. Whoever does not follow the bundle by the second refuses what it signs until he has it.`,
+With --now it signs at once. Whoever does not follow the bundle by the second refuses what it signs until he has it.
+A stolen key is not ended by that: see ` + "`sallyport ca distrust`" + `.`,
 		ValidArgs: kinds,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 1 || len(args) == 1 && !slices.Contains(kinds, args[0]) {
@@ -219,6 +222,62 @@ With --now it signs at once. Whoever does not follow the bundle by the second re
 		},
 	}
 	cmd.Flags().BoolVar(&now, "now", false, "have it sign at once, before everybody can know it")
+	stateFlag(cmd.Flags(), &state)
+	o.add(cmd, "text", "json", "yaml")
+	return cmd
+}
+
+func caDistrustCommand() *cobra.Command {
+	var state string
+	var o output
+	cmd := &cobra.Command{
+		Use:   "distrust AUTHORITY",
+		Short: "End the trust in a stolen root or JWT key, and in all that it signed",
+		Long: `Distrust takes a root or a key of JWT-SVIDs out of the bundle, now and for good. AUTHORITY is its ID, or how that begins,
+as ` + "`sallyport ca show`" + ` has it. What signs now is refused: ` + "`sallyport ca rotate --now`" + ` first. A thief of the state folder has
+what is prepared too: distrust that before, and another is made.
+
+Workloads, agents and gateways are told at once, and accept from then on nothing that it signed. Those whose SVIDs it
+signed are refused until they have new ones, and an agent that has not been renewed since the rotation must be attested
+again. They all have new ones after half of --svid-ttl: who can wait for that after rotating has no break. Connections
+that are open end as they would.
+
+Below an upstream authority its root can be distrusted, once another signs, and stays so whatever that authority says.
+What stands below a root cannot be: it is trusted as long as the root is.`,
+		Example: "  sallyport ca rotate --now\n  sallyport ca show\n  sallyport ca distrust 4bf92f3577b34da6",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 || args[0] == "" {
+				return usage("give the ID of one root or JWT key; `sallyport ca show` lists them", "distrust takes one authority, not %q", args)
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			d, err := ask(cmd, state, func(client *operator.Client) (d disk.Description, err error) {
+				return d, client.Get(cmd.Context(), "/ca", nil, &d)
+			})
+			if err != nil {
+				return err
+			}
+			one, err := d.Find(args[0])
+			if err != nil {
+				return failed("`sallyport ca show` lists the IDs; give more of one", "distrust authority: %w", err)
+			}
+			after, err := ask(cmd, state, func(client *operator.Client) (after disk.Description, err error) {
+				return after, client.Post(cmd.Context(), "/ca/distrust", url.Values{"id": {one.ID}}, &after)
+			})
+			if refused := new(operator.RefusedError); errors.As(err, &refused) && one.State == disk.Active {
+				hint := "`sallyport ca rotate --now` first, and then distrust the root or JWT key that signed before"
+				if d.Upstream {
+					hint = "have the upstream authority sign below another root; " + hint
+				}
+				return failed(hint, "%w", err)
+			}
+			if err != nil {
+				return err
+			}
+			return o.print(cmd.OutOrStdout(), after, func() error { return writeCA(cmd.OutOrStdout(), after) })
+		},
+	}
 	stateFlag(cmd.Flags(), &state)
 	o.add(cmd, "text", "json", "yaml")
 	return cmd

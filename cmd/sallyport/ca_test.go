@@ -65,6 +65,8 @@ func TestCA(t *testing.T) {
 	fails(exitFailed, "no control plane is running", "rotate", "--state", state)
 	fails(exitUsage, "unknown format", "export", "--format", "xml", "--state", state)
 	fails(exitUsage, "rotate takes x509, jwt or all", "rotate", "root", "--state", state)
+	fails(exitFailed, "no control plane is running", "distrust", "ab", "--state", state)
+	fails(exitUsage, "distrust takes one authority", "distrust", "ab", "cd", "--state", state)
 
 	key, err := disk.ReadKey(keyFile)
 	if err != nil {
@@ -116,6 +118,12 @@ func TestCA(t *testing.T) {
 		t.Errorf("%+v, %v", d, err)
 	}
 	both(disk.PEM)
+	fails(exitFailed, "it is what signs now", "distrust", d.Roots[1].ID, "--state", state)
+	fails(exitFailed, "an intermediate is trusted because", "distrust", d.Intermediate.ID, "--state", state)
+	if out := works("distrust", d.JWT[0].ID[:20], "--state", state); strings.Contains(out, d.JWT[0].ID[:16]) || !strings.Contains(out, "root old") {
+		t.Errorf("distrusted\n%s", out)
+	}
+	both(disk.SPIFFE)
 
 	cancel()
 	if err := <-done; err != nil {

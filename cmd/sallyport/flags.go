@@ -100,7 +100,7 @@ func envoyFlags(flags *pflag.FlagSet, path *string, threads *int) {
 
 // stateFlag adds the flag --state.
 func stateFlag(flags *pflag.FlagSet, into *string) {
-	flags.StringVar(into, "state", defaultState(), "`DIR` with the CA, the telemetry and the sockets of the running up")
+	flags.StringVar(into, "state", defaultState(), "`DIR` with the CA, the telemetry and the sockets of the control plane")
 }
 
 func defaultState() string {
@@ -131,17 +131,17 @@ func defaultWorkloadSocket() string {
 
 func operatorSocket(state string) string { return filepath.Join(state, "run", "operator.sock") }
 
-// ask calls a running `up`, shows what it warns of, and turns the errors of a missing one into words.
+// ask calls a running control plane, shows what it warns of, and turns the errors of a missing one into words.
 func ask[T any](cmd *cobra.Command, state string, call func(*operator.Client) (T, error)) (T, error) {
 	client := operator.NewClient(operatorSocket(state))
 	client.Warn = func(warning string) { fmt.Fprintf(cmd.ErrOrStderr(), "sallyport: warning: %s\n", warning) }
 	answer, err := call(client)
 	if notRunning(err) {
-		return answer, failed("start it with `sallyport up -f DIR`, or name its state folder with --state",
+		return answer, failed("start it with `sallyport up -f DIR` or `sallyport controlplane -f DIR`, or name its state folder with --state",
 			"no control plane is running with state %s", state)
 	}
 	if errors.Is(err, fs.ErrPermission) {
-		return answer, failed("only the user that runs `sallyport up` may ask it", "the control plane in %s belongs to somebody else", state)
+		return answer, failed("only the user that runs it may ask it", "the control plane in %s belongs to somebody else", state)
 	}
 	return answer, err
 }

@@ -128,7 +128,7 @@ Exit status 1 if the request is denied.`,
 	cmd.Flags().StringVar(&endpoint, "endpoint", "", "`NAME` of the endpoint that it asks")
 	cmd.Flags().StringVar(&operation, "operation", "", "`NAME` of what it wants to do, as in Infer")
 	cmd.Flags().StringVar(&r.Resource, "resource", "", "`NAME` of the model or collection; none for Enter")
-	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from `DIR` instead of asking the running up")
+	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from `DIR` instead of asking the running control plane")
 	stateFlag(cmd.Flags(), &state)
 	d.add(cmd.Flags())
 	o.add(cmd, "text", "json", "yaml")
@@ -267,7 +267,7 @@ func renderCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&gateway, "gateway", "", "`NAME` of the gateway, if there are several")
-	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from `DIR` instead of asking the running up")
+	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from `DIR` instead of asking the running control plane")
 	o.add(cmd, "yaml", "json")
 	stateFlag(cmd.Flags(), &state)
 	d.add(cmd.Flags())

@@ -102,5 +102,5 @@ func (p *plane) caActions() map[string]func(url.Values) (any, error) {
 		return nil, &operator.RefusedError{Failure: operator.Failure{
 			Error: "the CA is the identity provider's", Hint: "ask the provider: this control plane was started with --identity"}}
 	}
-	return map[string]func(url.Values) (any, error){"GET /ca": others, "GET /ca/bundle": others, "POST /ca/rotate": others}
+	return map[string]func(url.Values) (any, error){"GET /ca": others, "GET /ca/bundle": others, "POST /ca/rotate": others, "POST /ca/distrust": others}
 }

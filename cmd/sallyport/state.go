@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// stateFolder is the folder of one running `up`, and nobody else's while it runs.
+// stateFolder is the folder of one running control plane, agent or gateway, and nobody else's while it runs.
 type stateFolder struct {
 	dir  string // what must be kept
 	run  string // sockets and what Envoy reads
@@ -35,7 +35,7 @@ func openState(dir string) (*stateFolder, error) {
 	}
 	for _, d := range []string{s.dir, s.run} {
 		if err := os.Chmod(d, 0o700); err != nil {
-			return nil, failed("the folder must belong to the user that runs `up`", "open state: %w", err)
+			return nil, failed("the folder must belong to the user that runs this, or name another with --state", "open state: %w", err)
 		}
 	}
 	s.lock, err = os.OpenFile(filepath.Join(s.run, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
@@ -44,7 +44,7 @@ func openState(dir string) (*stateFolder, error) {
 	}
 	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		s.lock.Close()
-		return nil, failed("stop it, or name another folder with --state", "another `sallyport up` is running with state %s", dir)
+		return nil, failed("stop it, or name another folder with --state", "another sallyport is running with state %s", dir)
 	}
 	return s, nil
 }

@@ -80,7 +80,7 @@ The identity is that of this very process: the entry's selectors must match the 
 			case status.Code(err) == codes.PermissionDenied:
 				return failed("a Workload document must name selectors that fit this process", "get SVID: %w", err)
 			case status.Code(err) == codes.Unavailable || errors.Is(err, context.DeadlineExceeded):
-				return failed("is `sallyport up` running? name its socket with --socket or $SPIFFE_ENDPOINT_SOCKET", "get SVID from %s: %w", c.Addr, err)
+				return failed("is `sallyport up` running or, on other machines, `sallyport agent`, and does it reach its control plane? --socket or $SPIFFE_ENDPOINT_SOCKET names its socket", "get SVID from %s: %w", c.Addr, err)
 			case id != "" && strings.Contains(err.Error(), "no such identity"):
 				return failed("leave --id out to get what this process may have, or let the Workload with this ID select it", "get SVID: %w", err)
 			}

@@ -102,7 +102,26 @@ func (f *folder) open() error {
 		return problem("state-folder-open", f.dir, fmt.Sprintf("the folder with the authority's key is open to others (mode %04o)", mode),
 			"chmod 700 "+f.dir)
 	}
+	if owner := ownerOf(info); owner != os.Geteuid() {
+		return problem("state-folder-open", f.dir, fmt.Sprintf("the folder with the authority's key belongs to user %d", owner),
+			fmt.Sprintf("chown %d %s", os.Geteuid(), f.dir))
+	}
+	info, err = os.Stat(f.path()) // nobody else can exchange it any more
+	if err != nil {
+		return nil //nolint:nilerr // whoever reads it says what is wrong
+	}
+	if owner := ownerOf(info); owner != os.Geteuid() {
+		return problem("authority-readable", f.path(), fmt.Sprintf("user %d may have read the private key: the file is his", owner),
+			fmt.Sprintf("if he has not: chown %d %s; otherwise %s", os.Geteuid(), f.path(), startAnew(f.path())))
+	}
 	return nil
+}
+
+func ownerOf(info fs.FileInfo) int {
+	if s, ok := info.Sys().(*syscall.Stat_t); ok {
+		return int(s.Uid)
+	}
+	return -1
 }
 
 // hold keeps every other keeper out until close, and clears up what one left that was killed while it wrote.
@@ -128,6 +147,22 @@ func (f *folder) hold() error {
 }
 
 func (f *folder) close() error { return f.lock.Close() }
+
+// held fails if the folder is no longer the one that was taken: what has its name now may be another keeper's.
+func (f *folder) held() error {
+	if f.lock == nil {
+		return nil
+	}
+	taken, err := f.lock.Stat()
+	if err != nil {
+		return err
+	}
+	named, err := os.Stat(f.dir)
+	if err == nil && !os.SameFile(taken, named) {
+		err = fmt.Errorf("%s is another folder than it was", f.dir)
+	}
+	return err
+}
 
 // load reads the file; fs.ErrNotExist if there is none. With the zero trust domain, any will do.
 func (f *folder) load(td spiffeid.TrustDomain, now time.Time) (state, error) {
@@ -158,6 +193,9 @@ func (f *folder) load(td spiffeid.TrustDomain, now time.Time) (state, error) {
 
 // write puts the whole file on the disk, by os.Rename, or by os.Link: only where none is, else fs.ErrExist.
 func (f *folder) write(s state, put func(from, to string) error) error {
+	if err := f.held(); err != nil {
+		return fmt.Errorf("write authority: %w", err)
+	}
 	data, err := s.encode()
 	if err != nil {
 		return fmt.Errorf("write authority: %w", err)

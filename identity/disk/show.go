@@ -50,6 +50,8 @@ const (
 	Prepared State = "prepared" // it is trusted, so that everybody knows it when it signs
 	Active   State = "active"   // it signs
 	Old      State = "old"      // it is trusted as long as something that it signed is valid
+	// Distrusted is what an upstream authority may name still, and nobody is to trust.
+	Distrusted State = "distrusted"
 )
 
 func describe(s state, now time.Time) Description {
@@ -58,6 +60,8 @@ func describe(s state, now time.Time) Description {
 		out := Slot{ID: id, State: Old, NotBefore: one.NotBefore.UTC(), NotAfter: one.NotAfter.UTC(), Prepared: one.Prepared,
 			Activated: one.Activated, SignedUntil: one.SignedUntil, Leaving: one.Leaving}
 		switch {
+		case one.Distrusted:
+			out.State = Distrusted
 		case i == active:
 			out.State = Active
 		case one.Activated.IsZero():
@@ -92,6 +96,8 @@ func (k *Keeper) tell(next state, now time.Time) {
 		for _, s := range is {
 			i := slices.IndexFunc(was, func(w Slot) bool { return w.ID == s.ID })
 			switch {
+			case s.State == Distrusted && i >= 0 && was[i].State != Distrusted:
+				k.config.Log.Warn("authority distrusted: whatever it signed is refused from now on", "kind", kind, "id", s.ID)
 			case s.State == Active && len(was) > 0 && s.Activated.Equal(now) && s.Activated.Sub(s.Prepared) < k.config.Overlap:
 				k.config.Log.Warn("authority signs before everybody can know it: whoever refuses it must get the bundle", "kind", kind, "id", s.ID, "until", s.NotAfter)
 			case i < 0 || was[i].State != s.State:
@@ -99,7 +105,7 @@ func (k *Keeper) tell(next state, now time.Time) {
 			}
 		}
 		for _, w := range was {
-			if !slices.ContainsFunc(is, func(s Slot) bool { return w.ID == s.ID }) {
+			if w.State != Distrusted && !slices.ContainsFunc(is, func(s Slot) bool { return w.ID == s.ID }) {
 				k.config.Log.Info("authority no longer trusted", "kind", kind, "id", w.ID)
 			}
 		}
@@ -137,6 +143,7 @@ func Export(b *spiffebundle.Bundle, form string) ([]byte, error) {
 //	GET  /ca                                   the Description
 //	GET  /ca/bundle?format=pem|spiffe          whom to trust: a string of PEM, or a SPIFFE bundle
 //	POST /ca/rotate?what=x509|jwt|all&now=true see Rotate; the Description then
+//	POST /ca/distrust?id=ID                    see Distrust; the Description then
 func (k *Keeper) Actions() map[string]func(url.Values) (any, error) {
 	return map[string]func(url.Values) (any, error){
 		"GET /ca": func(url.Values) (any, error) { return k.Show(), nil },
@@ -154,6 +161,14 @@ func (k *Keeper) Actions() map[string]func(url.Values) (any, error) {
 			ctx, cancel := context.WithTimeout(context.Background(), 2*upstreamWait)
 			defer cancel()
 			if err := k.Rotate(ctx, What(q.Get("what")), q.Get("now") == "true"); err != nil {
+				return nil, err
+			}
+			return k.Show(), nil
+		},
+		"POST /ca/distrust": func(q url.Values) (any, error) {
+			ctx, cancel := context.WithTimeout(context.Background(), 2*upstreamWait)
+			defer cancel()
+			if err := k.Distrust(ctx, q.Get("id")); err != nil {
 				return nil, err
 			}
 			return k.Show(), nil
