@@ -186,7 +186,7 @@ func TestBundleEndpointFlags(t *testing.T) {
 // A control plane with authorities that nobody trusts any longer gets another identity at once.
 func TestOwnSVIDFollowsAuthorities(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := &plane{log: slog.New(slog.DiscardHandler), local: &issuer.Local{}}
+		p := &plane{log: slog.New(slog.DiscardHandler), local: &issuer.Local{}, tokenKeys: newTokenKeys()}
 		p.identities = issuer.New(issuer.Config{Certifier: p.local})
 		p.options.TrustDomain, p.options.SVIDTTL = exampleOrg, time.Hour
 		p.own = p.newOwnSVID()

@@ -101,7 +101,7 @@ type plane struct {
 	follower     *federation.Follower
 	provider     *provider.Source // nil: we are the provider; else all of the above is nil
 	tokenIssuers *federation.Issuers
-	tokenKeys    tokenKeys
+	tokenKeys    *tokenKeys
 	gateways     *xds.Server
 	lists        *catalog.Catalog
 	records      *store.Store
@@ -144,7 +144,7 @@ func newPlane(ctx context.Context, f planeFlags, options v1alpha1.Options, log *
 }
 
 func (p *plane) open(ctx context.Context) error {
-	p.tokenKeys.changed = make(chan envoy.Keys, 1)
+	p.tokenKeys = newTokenKeys()
 	err := p.openTokenIssuers()
 	if err != nil {
 		return err

@@ -25,6 +25,8 @@ type tokenKeys struct {
 	now envoy.Keys
 }
 
+func newTokenKeys() *tokenKeys { return &tokenKeys{changed: make(chan envoy.Keys, 1)} }
+
 func (k *tokenKeys) edit(edit func(*envoy.Keys)) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
