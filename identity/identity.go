@@ -33,8 +33,8 @@ type Authority struct {
 }
 
 // NewAuthority checks that chain[0] is a signing certificate with the SPIFFE ID of a trust domain (X509-SVID 3.2),
-// that each certificate is signed by the next and may stand above it, and that the signer holds the key of the first.
-// It does not look at the time.
+// that each certificate is signed by the next and may stand above it, and that the signer holds the key of the first,
+// of ECDSA P-256. It does not look at the time.
 func NewAuthority(chain []*x509.Certificate, signer crypto.Signer) (*Authority, error) {
 	if len(chain) == 0 {
 		return nil, errors.New("use authority: no certificate")
@@ -48,6 +48,9 @@ func NewAuthority(chain []*x509.Certificate, signer crypto.Signer) (*Authority, 
 	}
 	if !holdsKey(signer, chain[0]) {
 		return nil, errors.New("use authority: the key is not the certificate's")
+	}
+	if err := canWrite(signer); err != nil {
+		return nil, fmt.Errorf("use authority: %w", err)
 	}
 	return &Authority{td: td, chain: chain, signer: signer, constrained: slices.ContainsFunc(chain, constrains)}, nil
 }

@@ -2,6 +2,7 @@ package identity_test
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -9,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"fmt"
+	"math/big"
 	"net/url"
 	"strings"
 	"testing"
@@ -202,29 +204,23 @@ func TestTemplateRefuses(t *testing.T) {
 // Whatever a template says, what is not an X.509-SVID of the trust domain is not handed out.
 func TestSignRefuses(t *testing.T) {
 	a := newAuthority(t, time.Hour)
-	keyUsage := asn1.ObjectIdentifier{2, 5, 29, 15}
-	cases := map[string]func(*x509.Certificate){
-		"an authority":         func(c *x509.Certificate) { c.IsCA = true },
-		"certificate signing":  func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign },
-		"no digital signature": func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyEncipherment },
-		"no key usage":         func(c *x509.Certificate) { c.KeyUsage = 0 },
-		"key usage not critical": func(c *x509.Certificate) {
-			c.ExtraExtensions = append(c.ExtraExtensions, pkix.Extension{Id: keyUsage, Value: []byte{3, 2, 7, 128}})
-		},
-		"server only":              func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] },
-		"two identities":           func(c *x509.Certificate) { c.URIs = append(c.URIs, c.URIs[0]) },
-		"no identity":              func(c *x509.Certificate) { c.URIs = nil; c.DNSNames = []string{"a"} },
-		"trust domain":             func(c *x509.Certificate) { c.URIs = []*url.URL{td.ID().URL()} },
-		"another trust domain":     func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "other.org", Path: "/a"}} },
-		"not SPIFFE":               func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "https", Host: "example.org", Path: "/a"}} },
-		"outlives the authority":   func(c *x509.Certificate) { c.NotAfter = a.Certificate().NotAfter.Add(time.Second) },
-		"is older than it":         func(c *x509.Certificate) { c.NotBefore = a.Certificate().NotBefore.Add(-time.Second) },
-		"expired":                  func(c *x509.Certificate) { c.NotAfter = start.Add(-time.Second) },
-		"a weak signature, of MD5": func(c *x509.Certificate) { c.SignatureAlgorithm = x509.MD5WithRSA },
+	cases := map[string]func(*identity.Template){
+		"no identity":              func(c *identity.Template) { c.ID = spiffeid.ID{} },
+		"trust domain":             func(c *identity.Template) { c.ID = td.ID() },
+		"another trust domain":     func(c *identity.Template) { c.ID = spiffeid.RequireFromString("spiffe://other.org/a") },
+		"a name that is no DNS":    func(c *identity.Template) { c.DNSNames = []string{"bücher.internal"} },
+		"outlives the authority":   func(c *identity.Template) { c.NotAfter = a.Certificate().NotAfter.Add(time.Second) },
+		"is older than it":         func(c *identity.Template) { c.NotBefore = a.Certificate().NotBefore.Add(-time.Second) },
+		"expired":                  func(c *identity.Template) { c.NotAfter = start.Add(-time.Second) },
+		"not yet valid":            func(c *identity.Template) { c.NotBefore = start.Add(time.Second) },
+		"no times":                 func(c *identity.Template) { c.NotBefore, c.NotAfter = time.Time{}, time.Time{} },
+		"for ever":                 func(c *identity.Template) { c.NotAfter = time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC) },
+		"parts of a second":        func(c *identity.Template) { c.NotAfter = c.NotAfter.Add(-time.Millisecond) },
+		"a negative serial number": func(c *identity.Template) { c.SerialNumber = big.NewInt(-1) },
 	}
 	for name, spoil := range cases {
 		t.Run(name, func(t *testing.T) {
-			template, err := a.SVIDTemplate(identity.Request{ID: spiffeid.RequireFromString("spiffe://example.org/app"), TTL: time.Minute}, start, rand.Reader)
+			template, err := a.SVIDTemplate(identity.Request{ID: app, TTL: time.Minute}, start, rand.Reader)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -237,6 +233,98 @@ func TestSignRefuses(t *testing.T) {
 				t.Error("signed")
 			}
 		})
+	}
+	template, err := a.SVIDTemplate(identity.Request{ID: app, TTL: time.Minute}, start, rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []crypto.PublicKey{nil, "a key", &ecdsa.PublicKey{}, ecdsa.PublicKey{}} {
+		if _, err := a.Sign(template, key, start); err == nil {
+			t.Errorf("signed for the key %v", key)
+		}
+	}
+}
+
+// faulty signs with another key than it says.
+type faulty struct {
+	crypto.Signer
+	real *ecdsa.PrivateKey
+}
+
+func (f faulty) Public() crypto.PublicKey { return f.real.Public() }
+
+// A signer that is not a key of this process is not believed.
+func TestSignVerifiesOtherSigners(t *testing.T) {
+	key := newKey(t)
+	root := authorityOf(t, key, time.Hour).Certificate()
+	for _, c := range []struct {
+		signer crypto.Signer
+		good   bool
+	}{{key, true}, {faulty{key, key}, true}, {faulty{newKey(t), key}, false}} {
+		a, err := identity.NewAuthority([]*x509.Certificate{root}, c.signer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		template, err := a.SVIDTemplate(identity.Request{ID: app, TTL: time.Minute}, start, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.Sign(template, newKey(t).Public(), start); (err == nil) != c.good {
+			t.Errorf("%T: %v", c.signer, err)
+		}
+	}
+}
+
+// Whatever an authority signs, what is not an X.509-SVID is not accepted.
+func TestVerifyRefuses(t *testing.T) {
+	key := newKey(t)
+	a := authorityOf(t, key, time.Hour)
+	uri := func(s string) []*url.URL {
+		u, err := url.Parse(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []*url.URL{u}
+	}
+	cases := map[string]func(*x509.Certificate){
+		"":                     func(*x509.Certificate) {},
+		"an authority":         func(c *x509.Certificate) { c.IsCA = true },
+		"certificate signing":  func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign },
+		"no digital signature": func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyEncipherment },
+		"no key usage":         func(c *x509.Certificate) { c.KeyUsage = 0 },
+		"key usage not critical": func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 15}, Value: []byte{3, 2, 7, 128}}}
+		},
+		"server only":          func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] },
+		"two identities":       func(c *x509.Certificate) { c.URIs = append(c.URIs, c.URIs[0]) },
+		"no identity":          func(c *x509.Certificate) { c.URIs = nil; c.DNSNames = []string{"a"} },
+		"trust domain":         func(c *x509.Certificate) { c.URIs = uri("spiffe://example.org") },
+		"another trust domain": func(c *x509.Certificate) { c.URIs = uri("spiffe://other.org/a") },
+		"not SPIFFE":           func(c *x509.Certificate) { c.URIs = uri("https://example.org/a") },
+		"expired":              func(c *x509.Certificate) { c.NotAfter = start.Add(-time.Second) },
+		"a critical extension": func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{1, 2, 3}, Critical: true, Value: []byte{5, 0}}}
+		},
+	}
+	for name, spoil := range cases {
+		template := &x509.Certificate{
+			SerialNumber: big.NewInt(1), NotBefore: start.Add(-time.Minute), NotAfter: start.Add(time.Minute), URIs: uri(app.String()),
+			KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+			BasicConstraintsValid: true,
+		}
+		spoil(template)
+		der, err := x509.CreateCertificate(rand.Reader, template, a.Certificate(), newKey(t).Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaf, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, err := identity.Verify([]*x509.Certificate{leaf}, a.Bundle(), start)
+		if good := name == ""; (err == nil) != good || (id == app) != good {
+			t.Errorf("%s: accepted as %s, %v", name, id, err)
+		}
 	}
 }
 
@@ -372,6 +460,11 @@ func TestSignIntermediateRefuses(t *testing.T) {
 	}
 }
 
+// renewAt is when what is made of a template is renewed.
+func renewAt(c *identity.Template) time.Time {
+	return identity.RenewAt(&x509.Certificate{SerialNumber: c.SerialNumber, NotBefore: c.NotBefore, NotAfter: c.NotAfter})
+}
+
 // Renewal is at half life, spread over a fifth of it, the same whenever one asks, and never past.
 func TestRenewAt(t *testing.T) {
 	a := newAuthority(t, 1000*time.Hour)
@@ -381,8 +474,8 @@ func TestRenewAt(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		at := identity.RenewAt(template)
-		if at != identity.RenewAt(template) {
+		at := renewAt(template)
+		if at != renewAt(template) {
 			t.Fatal("another time when asked again")
 		}
 		part := float64(at.Sub(template.NotBefore)) / float64(template.NotAfter.Sub(template.NotBefore))
@@ -398,7 +491,7 @@ func TestRenewAt(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if at := identity.RenewAt(template); !at.After(now) || !at.Before(template.NotAfter) {
+		if at := renewAt(template); !at.After(now) || !at.Before(template.NotAfter) {
 			t.Fatalf("renewed at %s, made at %s, ends %s", at, now, template.NotAfter)
 		}
 	})

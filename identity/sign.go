@@ -30,12 +30,13 @@ func SelfSign(template *x509.Certificate, key crypto.Signer) (*Authority, error)
 }
 
 // Sign certifies that the holder of the public key's private key is who the template says. It returns the chain that
-// the holder presents: the leaf first, then the authorities below the root. Whatever the template says, the result is
-// looked at before it is returned, as one who verifies it will: a leaf of this trust domain that is valid as long as it
-// lives. Signatures are not computed again, which would take most of the time: crypto/x509 has just done so with the
-// leaf's, and NewAuthority with the others. Where authorities constrain names, all is verified.
-func (a *Authority) Sign(template *x509.Certificate, pub crypto.PublicKey, now time.Time) ([]*x509.Certificate, error) {
-	der, err := x509.CreateCertificate(rand.Reader, template, a.chain[0], pub, a.signer)
+// the holder presents: the leaf first, then the authorities below the root. What was written is read again before it is
+// returned, as one who verifies it will: a leaf of this trust domain that says what the template does and is valid as long
+// as it lives. Signatures are not computed again, which would take most of the time: NewAuthority has looked at those
+// above, and the leaf's is checked only if it does not come from a key in this process. Where authorities constrain
+// names, all is verified.
+func (a *Authority) Sign(t *Template, pub crypto.PublicKey, now time.Time) ([]*x509.Certificate, error) {
+	der, err := a.write(t, pub)
 	if err != nil {
 		return nil, fmt.Errorf("sign SVID: %w", err)
 	}
@@ -44,13 +45,16 @@ func (a *Authority) Sign(template *x509.Certificate, pub crypto.PublicKey, now t
 		return nil, fmt.Errorf("sign SVID: %w", err)
 	}
 	chain := slices.Concat([]*x509.Certificate{leaf}, a.chain[:len(a.chain)-1])
-	if a.constrained {
-		_, err = Verify(chain, a.Bundle(), now)
-	} else {
-		err = a.conforms(leaf, now)
-	}
-	if err != nil {
+	if err := a.conforms(leaf, now); err != nil {
 		return nil, fmt.Errorf("sign SVID: %w", err)
+	}
+	if !t.isSaidBy(leaf, pub) {
+		return nil, errors.New("sign SVID: it says something else than it should")
+	}
+	if a.constrained {
+		if _, err := Verify(chain, a.Bundle(), now); err != nil {
+			return nil, fmt.Errorf("sign SVID: %w", err)
+		}
 	}
 	if from, to := validity(a.chain); leaf.NotBefore.Before(from) || leaf.NotAfter.After(to) {
 		return nil, errors.New("sign SVID: it is valid when the authority is not")
@@ -137,6 +141,13 @@ func isLeaf(id spiffeid.ID, leaf *x509.Certificate) error {
 		return errors.New("extended key usage lacks serverAuth or clientAuth")
 	}
 	return nil
+}
+
+// isSaidBy reports whether a certificate says what it was written from: the time is another question.
+func (t *Template) isSaidBy(leaf *x509.Certificate, pub crypto.PublicKey) bool {
+	key, ok := pub.(publicKey)
+	return ok && key.Equal(leaf.PublicKey) && leaf.URIs[0].String() == t.ID.String() && slices.Equal(leaf.DNSNames, t.DNSNames) &&
+		leaf.NotBefore.Equal(t.NotBefore) && leaf.NotAfter.Equal(t.NotAfter) && leaf.SerialNumber.Cmp(t.SerialNumber) == 0
 }
 
 // conforms is Verify of what was just signed, but for the signatures.

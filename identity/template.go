@@ -63,11 +63,19 @@ func CATemplate(td spiffeid.TrustDomain, life time.Duration, now time.Time, rand
 	}, nil
 }
 
-// SVIDTemplate is a leaf certificate (X509-SVID 2, 3.1 and 4): the SPIFFE ID as its one URI name, critical key usage
+// Template is what an X.509-SVID says that others of its authority don't. The rest is the same for all: see SVIDTemplate.
+type Template struct {
+	ID                  spiffeid.ID
+	DNSNames            []string
+	SerialNumber        *big.Int
+	NotBefore, NotAfter time.Time
+}
+
+// SVIDTemplate is of a leaf certificate (X509-SVID 2, 3.1 and 4): the SPIFFE ID as its one URI name, critical key usage
 // digitalSignature, both extended key usages, critical cA false. It has no subject, so that nothing in it but the
 // SPIFFE ID can be taken for an identity, and its name extension is critical therefore. It begins a little before
 // now, for clocks that lag, but never before the authority, and never outlives it.
-func (a *Authority) SVIDTemplate(r Request, now time.Time, random io.Reader) (*x509.Certificate, error) {
+func (a *Authority) SVIDTemplate(r Request, now time.Time, random io.Reader) (*Template, error) {
 	switch {
 	case !r.ID.MemberOf(a.td):
 		return nil, fmt.Errorf("make SVID template: %q is not in trust domain %s", r.ID, a.td)
@@ -87,16 +95,7 @@ func (a *Authority) SVIDTemplate(r Request, now time.Time, random io.Reader) (*x
 	if err != nil {
 		return nil, fmt.Errorf("make SVID template: %w", err)
 	}
-	return &x509.Certificate{
-		SerialNumber:          serial,
-		URIs:                  []*url.URL{r.ID.URL()},
-		DNSNames:              r.DNSNames,
-		NotBefore:             notBefore,
-		NotAfter:              notAfter,
-		KeyUsage:              x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true,
-	}, nil
+	return &Template{ID: r.ID, DNSNames: r.DNSNames, SerialNumber: serial, NotBefore: notBefore, NotAfter: notAfter}, nil
 }
 
 // IntermediateTemplate is the certificate of an authority of a trust domain that stands below p: as CATemplate's, with a

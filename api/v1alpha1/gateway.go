@@ -29,6 +29,12 @@ func (a *assembler) gateway(d *Document, spec *GatewaySpec, endpoints []segment.
 	if g.Listen, err = netip.ParseAddrPort(spec.Listen); err != nil || g.Listen.Port() == 0 {
 		a.report(d, "bad-address", "spec.listen", fmt.Sprintf("is %q, which is no IP address and port", spec.Listen), "write it like 0.0.0.0:8443")
 	}
+	if spec.Address != "" {
+		var why string
+		if g.Address, why = parseAddress(spec.Address); why != "" {
+			a.report(d, "bad-address", "spec.address", fmt.Sprintf("is %q: %s", spec.Address, why), "write where callers reach it, like edge.internal:8443")
+		}
+	}
 	switch {
 	case spec.Endpoints != nil && spec.EndpointSelector != nil:
 		a.report(d, "not-one-of", "spec", "names endpoints in two ways", "write endpoints or endpointSelector; without both the gateway serves all")

@@ -98,6 +98,7 @@ type WorkloadSpec struct {
 // GatewaySpec is an Envoy on a machine with an agent; see segment.Gateway.
 type GatewaySpec struct {
 	Listen           string            `json:"listen"`                     // IP address and port on which it accepts callers
+	Address          string            `json:"address,omitempty"`          // host:port where others reach it; default: listen, if that is one address
 	Node             string            `json:"node"`                       // name of the agent on its machine
 	Selectors        []string          `json:"selectors"`                  // how its Envoy is recognised there; all must hold
 	Endpoints        []string          `json:"endpoints,omitempty"`        // names of those that it serves; default: all

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -53,10 +54,13 @@ func agentCommand() *cobra.Command {
 Workload API and SDS to the workloads that documents say may run here. Keys are made on this machine and never leave it.
 While the control plane is away it goes on with what it has, and renews as soon as it can.
 
+With --connect, applications that know nothing of TLS reach endpoints by plain HTTP on this machine, each as the workload
+that it is. The control plane says where: at which endpoints a grant names a workload of this machine, and where their
+gateways are. --gateway, --gateway-name and --endpoint say it instead.
+
 The join token is read from --join-token-file, or from $SALLYPORT_JOIN_TOKEN.`,
 		Example: `  sallyport agent --control-plane plane.internal:9443 --trust-bundle bundle.pem --join-token-file token
-  sallyport agent --control-plane plane.internal:9443 --trust-bundle bundle.pem --join-token-file token \
-    --connect 127.0.0.1:8080 --gateway edge.internal:8443 --gateway-name edge --endpoint chat=chat.models.internal
+  sallyport agent --control-plane plane.internal:9443 --trust-bundle bundle.pem --join-token-file token --connect 127.0.0.1:8080
   curl http://127.0.0.1:8080/chat/v1/models`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return h.run(cmd.Context(), cmd.ErrOrStderr()) },
@@ -71,9 +75,9 @@ The join token is read from --join-token-file, or from $SALLYPORT_JOIN_TOKEN.`,
 	flags.StringVar(&h.state, "state", filepath.Join(defaultState(), "agent"), "`DIR` with the agent's key and what it knows")
 	flags.StringVar(&h.workload, "workload-socket", defaultWorkloadSocket(), "`PATH` of the Unix socket of the SPIFFE Workload API and SDS")
 	flags.StringVar(&h.connect, "connect", "", "`ADDRESS` on which applications that know nothing of TLS reach endpoints: 127.0.0.1:PORT, or unix:///PATH; empty: none")
-	flags.StringVar(&h.gateway, "gateway", "", "`HOST:PORT` of the gateway that --connect leads to")
+	flags.StringVar(&h.gateway, "gateway", "", "`HOST:PORT` of the gateway that --connect leads to, instead of those that the control plane says")
 	flags.StringVar(&h.gatewayName, "gateway-name", "", "`NAME` of that gateway: whom it must prove to be")
-	flags.StringToStringVar(&h.endpoints, "endpoint", nil, "`NAME=HOSTNAME` of an endpoint that --connect serves below /NAME; may be repeated")
+	flags.StringToStringVar(&h.endpoints, "endpoint", nil, "`NAME=HOSTNAME` of an endpoint at --gateway that --connect serves below /NAME, beside those that the control plane says; may be repeated")
 	flags.Lookup("endpoint").DefValue = "" // help would show [] as a default
 	logFlag(flags, &h.logFormat)
 	return cmd
@@ -89,9 +93,12 @@ func (h *host) run(ctx context.Context, errOut io.Writer) error {
 		return err
 	}
 	c.Log = log
-	gateway, err := h.gatewayOf()
+	ways, err := h.ways()
 	if err != nil {
 		return err
+	}
+	if ways != nil {
+		c.Endpoints = ways.tell
 	}
 	state, err := openState(h.state)
 	if err != nil {
@@ -101,8 +108,8 @@ func (h *host) run(ctx context.Context, errOut io.Writer) error {
 	c.Dir = filepath.Join(state.dir, "agent")
 	a := agent.New(c)
 	identities := issuer.New(issuer.Config{Certifier: a, Attest: forward.Selectors})
-	forwarder := &forward.Forwarder{Source: identities, Gateway: gateway, Log: log}
-	if gateway != nil {
+	forwarder := &forward.Forwarder{Source: identities, Gateway: ways.to, Log: log}
+	if ways != nil {
 		if forwarder.Listener, err = h.listen(ctx); err != nil {
 			return err
 		}
@@ -117,7 +124,7 @@ func (h *host) run(ctx context.Context, errOut io.Writer) error {
 	sds.Register(server, identities, log)
 	serveGRPC(ctx, group, server, socket)
 	group.Go(func() error { return h.ended(a.Run(ctx, identities)) })
-	if gateway != nil {
+	if ways != nil {
 		group.Go(func() error { return forwarder.Run(ctx) })
 	}
 	log.Info("agent started", "control_plane", h.controlPlane, "trust_domain", h.trustDomain, "workload_socket", h.workload, "state", h.state)
@@ -148,13 +155,59 @@ func (h *host) ended(err error) error {
 	return err
 }
 
-// gatewayOf returns where --connect leads to; nil if it is not asked for.
-func (h *host) gatewayOf() (func(endpoint string) (forward.Target, bool), error) {
+// ways are where --connect leads to.
+type ways struct {
+	gateway *forward.Target           // what --gateway says, without an endpoint; nil: what the control plane says
+	named   map[string]forward.Target // by the names of endpoints: what --endpoint says
+	told    atomic.Pointer[map[string]forward.Target]
+}
+
+// tell takes over what the control plane says.
+func (w *ways) tell(endpoints []agent.Endpoint) {
+	told := make(map[string]forward.Target, len(endpoints))
+	for _, e := range endpoints {
+		t := forward.Target{ServerName: e.Hostname}
+		for _, g := range e.Gateways {
+			t.Addresses, t.IDs = append(t.Addresses, g.Address), append(t.IDs, g.ID)
+		}
+		if w.gateway != nil {
+			t.Addresses, t.IDs = w.gateway.Addresses, w.gateway.IDs
+		}
+		told[string(e.Name)] = t
+	}
+	w.told.Store(&told)
+}
+
+// to is a Forwarder's Gateway.
+func (w *ways) to(endpoint string) (forward.Target, error) {
+	if t, ok := w.named[endpoint]; ok {
+		return t, nil
+	}
+	told := w.told.Load()
+	if told == nil {
+		return forward.Target{}, forward.ErrNotTold
+	}
+	t, ok := (*told)[endpoint]
+	switch {
+	case !ok:
+		return forward.Target{}, forward.ErrNoEndpoint
+	case len(t.Addresses) == 0:
+		return forward.Target{}, forward.ErrNoAddress
+	}
+	return t, nil
+}
+
+// ways reads what the flags say of them; nil if --connect is not asked for.
+func (h *host) ways() (*ways, error) {
 	if h.connect == "" {
 		if h.gateway != "" || h.gatewayName != "" || len(h.endpoints) > 0 {
 			return nil, usage("--gateway, --gateway-name and --endpoint say where it leads to, as in --connect 127.0.0.1:8080", "--connect is missing")
 		}
 		return nil, nil
+	}
+	w := &ways{named: map[string]forward.Target{}}
+	if h.gateway == "" && h.gatewayName == "" && len(h.endpoints) == 0 {
+		return w, nil
 	}
 	if _, err := addressFlag("--gateway", h.gateway, "edge.internal:8443"); err != nil {
 		return nil, err
@@ -170,13 +223,13 @@ func (h *host) gatewayOf() (func(endpoint string) (forward.Target, bool), error)
 	if err != nil {
 		return nil, usage("give the name of its Gateway document, as in --gateway-name edge", "--gateway-name: %w", err)
 	}
-	if len(h.endpoints) == 0 {
-		return nil, usage("as in --endpoint chat=chat.models.internal", "--endpoint is missing: --connect leads nowhere")
+	w.gateway = &forward.Target{Addresses: []string{h.gateway}, IDs: []spiffeid.ID{id}}
+	for name, host := range h.endpoints {
+		t := *w.gateway
+		t.ServerName = host
+		w.named[name] = t
 	}
-	return func(endpoint string) (forward.Target, bool) {
-		host, ok := h.endpoints[endpoint]
-		return forward.Target{Address: h.gateway, ServerName: host, ID: id}, ok
-	}, nil
+	return w, nil
 }
 
 // listen opens what --connect names.

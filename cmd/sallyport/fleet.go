@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -10,7 +12,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -24,6 +29,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"sallyport.dev/authz"
 	"sallyport.dev/controlplane"
 	"sallyport.dev/controlplane/envoy"
 	"sallyport.dev/controlplane/xds"
@@ -232,7 +238,7 @@ func (p *plane) openNodes() error {
 		return nil
 	}
 	c := node.Config{TrustDomain: p.options.TrustDomain, Certifier: p.local, Dir: filepath.Join(p.state.dir, "agents"),
-		TTL: p.options.SVIDTTL, Log: p.log}
+		Certificate: p.certificate, TTL: p.options.SVIDTTL, Log: p.log}
 	var err error
 	if p.x509pop != "" {
 		if c.X509POP, err = readAuthorities(p.x509pop); err != nil {
@@ -292,8 +298,97 @@ func (s assignments) Publish(_ context.Context, g *controlplane.Generation) erro
 			s.plane.log.Warn("nobody can hold this identity: the document names no nodes", "workload", w.Name, "caller", w.ID.String())
 		}
 	}
-	s.plane.nodes.Set(all)
+	s.plane.nodes.Set(all, s.endpoints(g))
 	return nil
+}
+
+// endpoints are those that each agent is told, so that it can lead applications there: where some workload of its machine
+// may do something, and no others. What only grants in Shadow mode give is among them, or nobody would see that it is
+// asked for.
+func (s assignments) endpoints(g *controlplane.Generation) map[spiffeid.ID][]node.Endpoint {
+	known := map[segment.NodeName]map[segment.EndpointName]bool{}
+	for i := range g.Config.Workloads {
+		w := &g.Config.Workloads[i]
+		for j := range g.Config.Endpoints {
+			name := g.Config.Endpoints[j].Name
+			d := authz.Decide(g.Policy, authz.Request{Caller: w.ID.String(), Endpoint: name, Operation: segment.Enter})
+			for _, n := range w.Nodes {
+				if known[n] == nil {
+					known[n] = map[segment.EndpointName]bool{}
+				}
+				known[n][name] = known[n][name] || d.Allowed || d.ShadowAllowed
+			}
+		}
+	}
+	told := make(map[spiffeid.ID][]node.Endpoint, len(known))
+	for name, endpoints := range known {
+		id, err := agentID(s.plane.options.TrustDomain, name)
+		if err != nil {
+			continue // Assemble has refused it
+		}
+		gateways := s.plane.gatewaysFrom(name, g)
+		for i := range g.Config.Endpoints {
+			end := &g.Config.Endpoints[i]
+			if !endpoints[end.Name] {
+				continue
+			}
+			e := node.Endpoint{Name: end.Name, Hostname: end.Hostnames[0]}
+			for _, gateway := range gateways {
+				if gateway.Serves(end.Name) {
+					e.Gateways = append(e.Gateways, node.Gateway{ID: gateway.ID, Address: gateway.address})
+				}
+			}
+			told[id] = append(told[id], e)
+		}
+	}
+	return told
+}
+
+// reached is a gateway, and where callers on some machine reach it.
+type reached struct {
+	*segment.Gateway
+	address string
+}
+
+// gatewaysFrom are those that a node's machine can reach: its own first, and the others such that not all machines begin
+// with the same.
+func (p *plane) gatewaysFrom(n segment.NodeName, g *controlplane.Generation) []reached {
+	var all []reached
+	for i := range g.Config.Gateways {
+		gateway := &g.Config.Gateways[i]
+		if address := addressFrom(n, gateway); address != "" && p.admissible(gateway) == nil {
+			all = append(all, reached{gateway, address})
+		}
+	}
+	place := func(r reached) string {
+		if r.Node == n {
+			return ""
+		}
+		sum := sha256.Sum256(fmt.Appendf(nil, "%q %q", r.Name, n))
+		return string(sum[:])
+	}
+	slices.SortFunc(all, func(a, b reached) int {
+		return cmp.Or(cmp.Compare(place(a), place(b)), cmp.Compare(a.Name, b.Name))
+	})
+	return all
+}
+
+// addressFrom is where callers on a node's machine reach a gateway; "": nobody has said. By loopback they reach only that
+// of their own machine.
+func addressFrom(n segment.NodeName, g *segment.Gateway) string {
+	if g.Address != (segment.Address{}) {
+		return net.JoinHostPort(g.Address.Host, strconv.Itoa(int(g.Address.Port)))
+	}
+	ip, own := g.Listen.Addr().Unmap(), g.Node == n
+	switch {
+	case !ip.IsValid() || !own && (ip.IsUnspecified() || ip.IsLoopback()):
+		return ""
+	case ip == netip.IPv4Unspecified():
+		ip = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	case ip == netip.IPv6Unspecified():
+		ip = netip.IPv6Loopback()
+	}
+	return netip.AddrPortFrom(ip, g.Listen.Port()).String()
 }
 
 func (s assignments) assign(e issuer.Entry, nodes ...segment.NodeName) node.Assignment {

@@ -1,10 +1,11 @@
 // Package agent is the end of the control plane on another machine: it brings the identities of that machine's
-// workloads there.
+// workloads there, and says where these may go.
 //
 // It is for the servers of the Workload API and SDS on that machine: they ask an issuer.Issuer, which the agent feeds
-// with entries and bundles and for which it has keys certified. identity/node is the other end. It talks to nobody but
-// the control plane of its trust domain, which it knows by a bundle and by its SPIFFE ID, and sends private keys to
-// nobody: its own is in its state folder, the workloads' are with whoever made them.
+// with entries and bundles and for which it has keys certified; and for who leads applications to endpoints.
+// identity/node is the other end. It talks to nobody but the control plane of its trust domain, which it knows by a
+// bundle and by its SPIFFE ID, and sends private keys to nobody: its own is in its state folder, the workloads' are with
+// whoever made them.
 //
 // While the control plane is away, what is known stays in force, on the disk as well, and nothing new is signed. It
 // comes back late rather than never: only what trying again cannot mend ends Run.
@@ -30,6 +31,7 @@ import (
 	"sallyport.dev/identity"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/node/nodepb"
+	"sallyport.dev/segment"
 )
 
 // ErrRevoked is what Run ends with when the control plane has revoked the agent.
@@ -56,9 +58,25 @@ type Config struct {
 	// X509POP returns the machine's certificate and its key, a crypto.Signer; nil: there is none. It is asked whenever
 	// the machine must be attested, so the files may change. It comes before the join token.
 	X509POP func() (*tls.Certificate, error)
+	// Endpoints takes over those at which this machine's workloads may do something, at first and whenever they change, one
+	// call after the other. Nil: the agent does not ask for them.
+	Endpoints func([]Endpoint)
 	// Dial connects to an address; TCP if it is nil.
 	Dial func(ctx context.Context, addr string) (net.Conn, error)
 	Log  *slog.Logger
+}
+
+// Endpoint is one that workloads of this machine may reach.
+type Endpoint struct {
+	Name     segment.EndpointName
+	Hostname string    // what SNI and Host say
+	Gateways []Gateway // in the order in which to try them; none: nobody has said where those that there are can be reached
+}
+
+// Gateway is one that serves an endpoint.
+type Gateway struct {
+	ID      spiffeid.ID // whom it must prove to be
+	Address string      // host:port
 }
 
 // Issuer is fed by the agent: an *issuer.Issuer, whose Certifier is the agent.
@@ -244,8 +262,9 @@ func (a *Agent) watch(ctx context.Context, l *link, i Issuer) error {
 
 // follow feeds the issuer from one stream until that ends.
 func (a *Agent) follow(ctx context.Context, l *link, i Issuer, alive func()) error {
-	entries, bundles := a.known.digests()
-	stream, err := l.client.Watch(ctx, &nodepb.WatchRequest{EntriesDigest: entries, BundlesDigest: bundles})
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // the stream, whatever ends this
+	stream, err := l.client.Watch(ctx, a.known.request(a.config.Endpoints != nil))
 	if err != nil {
 		return err
 	}

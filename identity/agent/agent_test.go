@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -110,10 +111,23 @@ func startPlane(t *testing.T, inMemory bool, edit func(*node.Config)) *plane {
 	if edit != nil {
 		edit(&p.config)
 	}
+	p.config.Certificate = p.certificate(issuer.Entry{ID: nodepb.ControlPlane(td), TTL: cmp.Or(p.config.TTL, time.Hour)})
 	p.start()
-	p.Set(nil)
+	p.Set(nil, nil)
 	t.Cleanup(func() { p.away() })
 	return p
+}
+
+// certificate is what the control plane shows, renewed when it is asked for.
+func (p *plane) certificate(e issuer.Entry) func() (*tls.Certificate, error) {
+	self := &issuer.Self{Signer: p.config.Certifier, Entry: e, Bundle: func() *spiffebundle.Bundle { return p.bundle }, Log: p.log.logger()}
+	var mu sync.Mutex
+	return func() (*tls.Certificate, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		self.Renew(context.Background())
+		return self.Certificate()
+	}
 }
 
 // start opens the server anew, as after a restart.
@@ -359,7 +373,7 @@ func TestTwoMachines(t *testing.T) {
 	p := startPlane(t, false, nil)
 	web, db := identitytest.Entry("web", identitytest.Me()), identitytest.Entry("db", identitytest.Me())
 	web.DNSNames, web.TTL = []string{"web.internal"}, 10*time.Minute
-	p.Set([]node.Assignment{assign(web, "one"), assign(db, "two"), assign(identitytest.Entry("unassigned", identitytest.Me()))})
+	p.Set([]node.Assignment{assign(web, "one"), assign(db, "two"), assign(identitytest.Entry("unassigned", identitytest.Me()))}, nil)
 	one, two := p.machine(withToken(p.token("one"))), p.machine(withToken(p.token("two")))
 	for _, c := range []struct {
 		m    *machine
@@ -449,7 +463,7 @@ func TestTwoMachines(t *testing.T) {
 	}
 
 	// What is taken away is gone at both ends.
-	p.Set([]node.Assignment{assign(db, "two")})
+	p.Set([]node.Assignment{assign(db, "two")}, nil)
 	one.wait("entries")
 	if _, _, err := one.svids(); status.Code(err) != codes.PermissionDenied {
 		t.Errorf("after it was taken away: %v", err)
@@ -522,7 +536,7 @@ func TestReservedEntries(t *testing.T) {
 		e.ID = spiffeid.RequireFromString(id)
 		reserved = append(reserved, assign(e, "one"))
 	}
-	p.Set(reserved)
+	p.Set(reserved, nil)
 	m := p.machine(withToken(p.token("one")))
 	m.wait("entries")
 	_, view, err := m.svids()
@@ -777,7 +791,7 @@ func TestX509POP(t *testing.T) {
 func TestRevocation(t *testing.T) {
 	p := startPlane(t, false, nil)
 	web := identitytest.Entry("web", identitytest.Me())
-	p.Set([]node.Assignment{assign(web, "one", "two")})
+	p.Set([]node.Assignment{assign(web, "one", "two")}, nil)
 	one, two := p.machine(withToken(p.token("one"))), p.machine(withToken(p.token("two")))
 	one.wait("entries")
 	two.wait("entries")
@@ -835,10 +849,10 @@ func TestRevocation(t *testing.T) {
 	refused()
 	p.away()
 	p.start()
-	p.Set([]node.Assignment{assign(web, "one", "two")})
+	p.Set([]node.Assignment{assign(web, "one", "two")}, nil)
 	refused()
 	two.log.wait(t, "control plane not reached")
-	p.Set([]node.Assignment{assign(identitytest.Entry("db", identitytest.Me()), "two")})
+	p.Set([]node.Assignment{assign(identitytest.Entry("db", identitytest.Me()), "two")}, nil)
 	two.wait("entries")
 	for _, bad := range []string{"spiffe://example.org/web", "spiffe://other.org/agent/one", "spiffe://example.org/agent"} {
 		if p.Revoke(spiffeid.RequireFromString(bad)) == nil {
@@ -851,7 +865,7 @@ func TestRevocation(t *testing.T) {
 func TestReconnectPushesNothing(t *testing.T) {
 	p := startPlane(t, false, nil)
 	web := identitytest.Entry("web", identitytest.Me())
-	p.Set([]node.Assignment{assign(web, "one")})
+	p.Set([]node.Assignment{assign(web, "one")}, nil)
 	m := p.machine(withToken(p.token("one")))
 	m.wait("entries")
 	m.silent()
@@ -861,13 +875,13 @@ func TestReconnectPushesNothing(t *testing.T) {
 	m.log.wait(t, "control plane not reached")
 	p.start() // it knows nothing yet, which is not nothing
 	m.log.wait(t, "control plane reached")
-	p.Set([]node.Assignment{assign(web, "one"), assign(web, "two")})
+	p.Set([]node.Assignment{assign(web, "one"), assign(web, "two")}, nil)
 	p.SetBundles(issuer.Bundles{Own: p.bundle.Clone()})
 	other := spiffebundle.FromX509Authorities(spiffeid.RequireTrustDomainFromString("other.org"), p.authority.Bundle().X509Authorities())
 	p.SetBundles(issuer.Bundles{Own: p.bundle, Federated: map[spiffeid.TrustDomain]*spiffebundle.Bundle{other.TrustDomain(): other}})
 	m.silent()
 	web.FederatesAll = true
-	p.Set([]node.Assignment{assign(web, "one")})
+	p.Set([]node.Assignment{assign(web, "one")}, nil)
 	if told := []string{<-m.told, <-m.told}; !slices.Equal(told, []string{"bundles", "entries"}) {
 		t.Errorf("was told %q", told)
 	}
@@ -901,6 +915,203 @@ func TestReconnectPushesNothing(t *testing.T) {
 			t.Errorf("%s: %v, %v", file, info, err)
 		}
 	}
+}
+
+// An agent that wants to know is told its own endpoints, whenever they change, and knows them while the control plane is
+// away.
+func TestEndpoints(t *testing.T) {
+	p := startPlane(t, false, nil)
+	edge := spiffeid.RequireFromPath(td, "/gateway/edge")
+	endpoint := func(name string, addresses ...string) node.Endpoint {
+		e := node.Endpoint{Name: segment.EndpointName(name), Hostname: name + ".internal"}
+		for _, a := range addresses {
+			e.Gateways = append(e.Gateways, node.Gateway{ID: edge, Address: a})
+		}
+		return e
+	}
+	set := func(one, two []node.Endpoint) {
+		p.Set([]node.Assignment{assign(identitytest.Entry("web", identitytest.Me()), "one", "two")}, map[spiffeid.ID][]node.Endpoint{
+			spiffeid.RequireFromPath(td, "/agent/one"): one, spiffeid.RequireFromPath(td, "/agent/two"): two,
+		})
+	}
+	told := make(chan []agent.Endpoint, 100)
+	is := func(what string, want ...string) {
+		t.Helper()
+		var names []string
+		for _, e := range <-told {
+			name := fmt.Sprint(e.Name, " ", e.Hostname)
+			for _, g := range e.Gateways {
+				name += fmt.Sprint(" ", g.ID.Path(), "=", g.Address)
+			}
+			names = append(names, name)
+		}
+		if !slices.Equal(names, want) {
+			t.Errorf("%s: told %q", what, names)
+		}
+	}
+	set([]node.Endpoint{endpoint("chat", "edge.internal:8443", "10.0.0.2:8443")}, []node.Endpoint{endpoint("docs", "edge.internal:8443")})
+	m := p.machine(func(c *agent.Config) {
+		c.JoinToken, c.Endpoints = p.token("one"), func(e []agent.Endpoint) { told <- e }
+	})
+	is("at first", "chat chat.internal /gateway/edge=edge.internal:8443 /gateway/edge=10.0.0.2:8443")
+	m.wait("entries")
+	set([]node.Endpoint{endpoint("chat", "edge.internal:8443"), endpoint("other")}, nil)
+	is("a change", "chat chat.internal /gateway/edge=edge.internal:8443", "other other.internal")
+	m.silent()
+
+	p.away()
+	m.log.wait(t, "control plane not reached")
+	m.end()
+	m.run()
+	is("from the disk", "chat chat.internal /gateway/edge=edge.internal:8443", "other other.internal")
+	p.start()
+	m.log.wait(t, "control plane reached")
+	set([]node.Endpoint{endpoint("chat", "edge.internal:8443"), endpoint("other")}, nil) // as before
+	set(nil, nil)
+	is("nothing any more")
+	set([]node.Endpoint{endpoint("chat", "10.0.0.4:8443")}, nil)
+	is("and again", "chat chat.internal /gateway/edge=10.0.0.4:8443")
+	m.end()
+
+	// Who does not ask is told nothing, and forgets.
+	known := func() string {
+		data, err := os.ReadFile(filepath.Join(m.config.Dir, "known.json"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	if !strings.Contains(known(), "10.0.0.4") {
+		t.Errorf("it remembers %s", known())
+	}
+	wants := m.config.Endpoints
+	m.config.Endpoints = nil
+	m.run()
+	m.log.wait(t, "control plane reached")
+	stream, err := p.raw(m.self()).Watch(t.Context(), &nodepb.WatchRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := stream.Recv()
+	if err != nil || resp.Endpoints != nil || len(resp.Entries.GetEntries()) != 1 {
+		t.Errorf("told %v, %v", resp, err)
+	}
+	m.silentButFor(t, "bundles", "entries") // from the disk
+	p.Set(nil, map[spiffeid.ID][]node.Endpoint{spiffeid.RequireFromPath(td, "/agent/one"): {endpoint("chat", "10.0.0.5:8443")}})
+	if resp, err := stream.Recv(); err != nil || resp.Endpoints != nil || resp.Entries == nil {
+		t.Errorf("told %v, %v", resp, err)
+	}
+	m.wait("entries")
+	m.end()
+	if strings.Contains(known(), "10.0.0.") {
+		t.Errorf("it remembers %s", known())
+	}
+
+	m.config.Endpoints = wants
+	m.run()
+	is("asked for again", "chat chat.internal /gateway/edge=10.0.0.5:8443")
+	if err := p.Revoke(spiffeid.RequireFromPath(td, "/agent/one")); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.failed(); !errors.Is(err, agent.ErrRevoked) {
+		t.Error(err)
+	}
+	is("revoked")
+	if strings.Contains(known(), "10.0.0.") {
+		t.Errorf("it remembers %s", known())
+	}
+	if len(told) != 0 {
+		t.Errorf("told %v besides", <-told)
+	}
+}
+
+// What cannot be is not believed, and what was stays; nor does it keep the agent from what comes next.
+func TestEndpointsThatCannotBe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := startPlane(t, true, nil)
+		one := spiffeid.RequireFromPath(td, "/agent/one")
+		set := func(e node.Endpoint) {
+			p.Set(nil, map[spiffeid.ID][]node.Endpoint{one: {e}})
+			settle(time.Minute)
+		}
+		good := func(address string) node.Endpoint {
+			return node.Endpoint{Name: "chat", Hostname: "chat.internal", Gateways: []node.Gateway{{ID: spiffeid.RequireFromPath(td, "/gateway/edge"), Address: address}}}
+		}
+		told := make(chan []agent.Endpoint, 100)
+		m := p.machine(func(c *agent.Config) {
+			c.JoinToken, c.Endpoints = p.token("one"), func(e []agent.Endpoint) { told <- e }
+		})
+		set(good("edge.internal:8443"))
+		for len(told) > 0 {
+			<-told
+		}
+		for name, edit := range map[string]func(*node.Endpoint){
+			"no name":       func(e *node.Endpoint) { e.Name = "" },
+			"no host name":  func(e *node.Endpoint) { e.Hostname = "" },
+			"two lines":     func(e *node.Endpoint) { e.Hostname = "a\r\nb" },
+			"a path":        func(e *node.Endpoint) { e.Hostname = "chat/../docs" },
+			"no port":       func(e *node.Endpoint) { e.Gateways[0].Address = "edge.internal" },
+			"an empty port": func(e *node.Endpoint) { e.Gateways[0].Address = "edge.internal:" },
+			"no host":       func(e *node.Endpoint) { e.Gateways[0].Address = ":8443" },
+			"nobody":        func(e *node.Endpoint) { e.Gateways[0].ID = spiffeid.ID{} },
+			"another one's": func(e *node.Endpoint) {
+				e.Gateways[0].ID = spiffeid.RequireFromString("spiffe://other.org/gateway/edge")
+			},
+			"an agent":            func(e *node.Endpoint) { e.Gateways[0].ID = one },
+			"the control plane's": func(e *node.Endpoint) { e.Gateways[0].ID = nodepb.ControlPlane(td) },
+		} {
+			bad := good("edge.internal:8443")
+			edit(&bad)
+			set(bad)
+			if problem := m.Status().Problem; len(told) != 0 || !strings.Contains(problem, "read what the control plane sent") {
+				t.Errorf("%s: %q", name, problem)
+			}
+		}
+		set(good("10.0.0.1:8443"))
+		if e := <-told; len(e) != 1 || e[0].Gateways[0].Address != "10.0.0.1:8443" || len(told) != 0 {
+			t.Errorf("then told %v", e)
+		}
+		m.end()
+		p.away()
+	})
+}
+
+// A control plane that knows nothing yet says nothing of endpoints either.
+func TestEndpointsUnknownYet(t *testing.T) {
+	p := startPlane(t, false, nil)
+	told := make(chan []agent.Endpoint, 100)
+	m := p.machine(func(c *agent.Config) {
+		c.JoinToken, c.Endpoints = p.token("one"), func(e []agent.Endpoint) { told <- e }
+	})
+	<-told // none, and that is known
+	p.away()
+	m.log.wait(t, "control plane not reached")
+	p.start()
+	m.log.wait(t, "control plane reached")
+	p.Set(nil, map[spiffeid.ID][]node.Endpoint{spiffeid.RequireFromPath(td, "/agent/one"): {{Name: "chat", Hostname: "chat.internal"}}})
+	if e := <-told; len(e) != 1 || len(told) != 0 {
+		t.Errorf("told %v", e)
+	}
+}
+
+// What a later version keeps in its file does not keep this one from its own.
+func TestFileOfALaterVersion(t *testing.T) {
+	p := startPlane(t, false, nil)
+	p.Set([]node.Assignment{assign(identitytest.Entry("web", identitytest.Me()), "one")}, nil)
+	m := p.machine(withToken(p.token("one")))
+	m.wait("entries")
+	m.end()
+	file := filepath.Join(m.config.Dir, "known.json")
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, bytes.Replace(data, []byte("{"), []byte(`{"news":{"digest":"AA=="},`), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.away()
+	m.run()
+	m.wait("entries")
 }
 
 // Whoever has a copy of an agent's SVID is noticed, and out, when the agent uses its next one.
@@ -993,7 +1204,7 @@ func TestAwayForAnHour(t *testing.T) {
 		p := startPlane(t, true, func(c *node.Config) { c.TTL = 4 * time.Hour })
 		long, short := identitytest.Entry("long", identitytest.Me()), identitytest.Entry("short", identitytest.Me())
 		long.TTL, short.TTL = 3*time.Hour, 30*time.Minute
-		p.Set([]node.Assignment{assign(long, "one")})
+		p.Set([]node.Assignment{assign(long, "one")}, nil)
 		m := p.machine(withToken(p.token("one")))
 		m.wait("entries")
 		w, view, err := m.svids()
@@ -1024,7 +1235,7 @@ func TestAwayForAnHour(t *testing.T) {
 		if changed, err := w.Renew(t.Context(), m.Issuer, view.Entries); err != nil || !changed {
 			t.Errorf("not renewed: %t, %v", changed, err)
 		}
-		p.Set([]node.Assignment{assign(short, "one")})
+		p.Set([]node.Assignment{assign(short, "one")}, nil)
 		settle(time.Second)
 		if w, view, err = m.svids(); err != nil || view.Entries[0].ID != short.ID {
 			t.Fatalf("got %v, %v", view.Entries, err)
@@ -1043,7 +1254,7 @@ func TestAwayForAnHour(t *testing.T) {
 func TestAgentRenews(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := startPlane(t, true, nil) // an hour
-		p.Set([]node.Assignment{assign(identitytest.Entry("web", identitytest.Me()), "one")})
+		p.Set([]node.Assignment{assign(identitytest.Entry("web", identitytest.Me()), "one")}, nil)
 		m := p.machine(withToken(p.token("one")))
 		m.wait("entries")
 		first := m.self().Certificates[0].SerialNumber
@@ -1061,7 +1272,7 @@ func TestAgentRenews(t *testing.T) {
 			t.Error("renewed by nobody")
 		}
 		p.start()
-		p.Set([]node.Assignment{assign(identitytest.Entry("db", identitytest.Me()), "one")})
+		p.Set([]node.Assignment{assign(identitytest.Entry("db", identitytest.Me()), "one")}, nil)
 		settle(2 * time.Minute)
 		if m.self().Certificates[0].SerialNumber.Cmp(second) == 0 {
 			t.Error("not renewed late")

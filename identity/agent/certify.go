@@ -126,14 +126,14 @@ func (a *Agent) call(ctx context.Context, do func(context.Context, nodepb.NodeCl
 var errOtherEntries = status.Error(codes.Unavailable, "the control plane has other entries now")
 
 // CertifyX509 is a Certifier's. That the control plane is away is the gRPC status Unavailable.
-func (a *Agent) CertifyX509(ctx context.Context, e issuer.Entry, csr []byte) ([]*x509.Certificate, error) {
+func (a *Agent) CertifyX509(ctx context.Context, e issuer.Entry, k issuer.Key) ([]*x509.Certificate, error) {
 	name, ok := a.name(e)
 	if !ok {
 		return nil, errOtherEntries
 	}
-	request, err := x509.ParseCertificateRequest(csr)
+	csr, err := k.Request()
 	if err != nil {
-		return nil, status.Errorf(codes.InvalidArgument, "read request: %v", err)
+		return nil, err
 	}
 	var chain []*x509.Certificate
 	err = a.call(ctx, func(ctx context.Context, c nodepb.NodeClient) error {
@@ -141,7 +141,7 @@ func (a *Agent) CertifyX509(ctx context.Context, e issuer.Entry, csr []byte) ([]
 		if err != nil {
 			return err
 		}
-		certified, id, err := parseChain(resp.CertChain, request.PublicKey, a.own.Load())
+		certified, id, err := parseChain(resp.CertChain, k.Public(), a.own.Load())
 		if err != nil {
 			return err
 		}

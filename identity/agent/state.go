@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -24,7 +26,7 @@ import (
 // The names of files in the folder.
 const (
 	svidFile  = "agent.pem"  // the agent's private key (PKCS #8) and its SVID: one file, so that they fit
-	knownFile = "known.json" // the entries and bundles that were sent last
+	knownFile = "known.json" // what was sent last: entries, bundles, endpoints
 )
 
 // known is what the control plane sent last.
@@ -33,9 +35,12 @@ type known struct {
 	own     *spiffebundle.Bundle // nil: nothing yet
 }
 
-// digests are for the control plane to send only what is different.
-func (k *known) digests() (entries, bundles []byte) {
-	return k.message.GetEntries().GetDigest(), k.message.GetBundles().GetDigest()
+// request says what is known, for the control plane to send only what is different.
+func (k *known) request(endpoints bool) *nodepb.WatchRequest {
+	return &nodepb.WatchRequest{
+		EntriesDigest: k.message.GetEntries().GetDigest(), BundlesDigest: k.message.GetBundles().GetDigest(),
+		EndpointsDigest: k.message.GetEndpoints().GetDigest(), WantsEndpoints: endpoints,
+	}
 }
 
 // open reads the folder and feeds the issuer with what it has.
@@ -68,7 +73,8 @@ func (a *Agent) loadKnown(i Issuer) error {
 		return err
 	}
 	var message nodepb.WatchResponse
-	if err := protojson.Unmarshal(data, &message); err != nil {
+	// What a later version knows besides is sent again.
+	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(data, &message); err != nil {
 		return err
 	}
 	return a.apply(&message, i)
@@ -128,7 +134,7 @@ func (a *Agent) learn(resp *nodepb.WatchResponse, i Issuer) error {
 		return err
 	}
 	if err := a.saveKnown(); err != nil {
-		a.failed("entries and bundles not kept", err)
+		a.failed("what the control plane sent is not kept", err)
 	}
 	return nil
 }
@@ -146,6 +152,7 @@ func (a *Agent) apply(m *nodepb.WatchResponse, i Issuer) error {
 	var bundles issuer.Bundles
 	var entries []issuer.Entry
 	var names map[string]string
+	var endpoints []Endpoint
 	var err error
 	if m.Bundles != nil {
 		if bundles, err = a.readBundles(m.Bundles); err != nil {
@@ -154,6 +161,11 @@ func (a *Agent) apply(m *nodepb.WatchResponse, i Issuer) error {
 	}
 	if m.Entries != nil {
 		if entries, names, err = a.readEntries(m.Entries); err != nil {
+			return err
+		}
+	}
+	if m.Endpoints != nil {
+		if endpoints, err = a.readEndpoints(m.Endpoints); err != nil {
 			return err
 		}
 	}
@@ -166,6 +178,10 @@ func (a *Agent) apply(m *nodepb.WatchResponse, i Issuer) error {
 		a.known.message.Entries = m.Entries
 		a.names.Store(&names) // before an entry can be asked for
 		i.Set(entries)
+	}
+	if m.Endpoints != nil && a.config.Endpoints != nil {
+		a.known.message.Endpoints = m.Endpoints
+		a.config.Endpoints(endpoints)
 	}
 	return nil
 }
@@ -224,13 +240,44 @@ func (a *Agent) readEntries(m *nodepb.Entries) ([]issuer.Entry, map[string]strin
 	return entries, names, nil
 }
 
-// forget drops what an agent may no longer hand out; the bundle stays.
+func (a *Agent) readEndpoints(m *nodepb.Endpoints) ([]Endpoint, error) {
+	endpoints := make([]Endpoint, len(m.Endpoints))
+	for n, one := range m.Endpoints {
+		e := Endpoint{Name: segment.EndpointName(one.Name), Hostname: one.Hostname}
+		if e.Name == "" || e.Hostname == "" || strings.Trim(e.Hostname, hostLetters) != "" {
+			return nil, fmt.Errorf("endpoint %q has the host name %q", e.Name, e.Hostname)
+		}
+		for _, g := range one.Gateways {
+			id, err := spiffeid.FromString(g.SpiffeId)
+			if err != nil {
+				return nil, err
+			}
+			if !id.MemberOf(a.config.TrustDomain) || nodepb.Reserved(id) {
+				return nil, fmt.Errorf("%s is not a gateway of %s", id, a.config.TrustDomain)
+			}
+			if host, port, err := net.SplitHostPort(g.Address); err != nil || host == "" || port == "" {
+				return nil, fmt.Errorf("gateway %s has the address %q", id, g.Address)
+			}
+			e.Gateways = append(e.Gateways, Gateway{id, g.Address})
+		}
+		endpoints[n] = e
+	}
+	return endpoints, nil
+}
+
+// hostLetters are those of DNS names.
+const hostLetters = "abcdefghijklmnopqrstuvwxyz0123456789-."
+
+// forget drops what an agent may no longer hand out, and where its workloads went; the bundle stays.
 func (a *Agent) forget(i Issuer) error {
 	i.Set(nil)
 	a.names.Store(nil)
-	a.known.message.Entries = nil
+	if a.config.Endpoints != nil {
+		a.config.Endpoints(nil)
+	}
+	a.known.message.Entries, a.known.message.Endpoints = nil, nil
 	if err := a.saveKnown(); err != nil {
-		return fmt.Errorf("forget entries: %w", err)
+		return fmt.Errorf("forget what the control plane sent: %w", err)
 	}
 	return nil
 }

@@ -2,7 +2,7 @@
 //
 // It is for a gRPC server that hands out identities by who asks (SPIFFE Workload Endpoint, 5): NewCredentials looks
 // at the process when it connects, Selectors says in each call what is true of it. A server that finds its callers in
-// another way holds them itself, as Held. It believes only the kernel, and nothing that the process says. A process
+// another way holds them itself: Hold, HoldPID. It believes only the kernel, and nothing that the process says. A process
 // that is gone, whose PID another one may have by now, has no selectors, and neither has one that runs another program
 // than when it connected, or whose program could be read then or now but not both times. One whose program could never
 // be read has those of its user and groups only, and of its control group, and may have changed its program: to read

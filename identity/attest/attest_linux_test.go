@@ -420,11 +420,11 @@ func connection(t *testing.T, do string, args ...string) (child, *Held) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { accepted.Close() })
-	p, err := hold(accepted.(*net.UnixConn), NewHashes())
+	p, err := Hold(accepted.(*net.UnixConn), NewHashes())
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { p.Pidfd.Close() })
+	t.Cleanup(func() { p.Close() })
 	if seen, err := p.look(t.Context(), wants{}); err != nil || seen.PID != c.cmd.Process.Pid || seen.Path == "" || seen.SHA256 != "" {
 		t.Fatalf("got %+v, %v", seen, err)
 	}
@@ -480,7 +480,7 @@ func TestConnectionLeftToAnother(t *testing.T) {
 
 func TestConnectionClosed(t *testing.T) {
 	_, p := connection(t, "become", "")
-	if err := p.Pidfd.Close(); err != nil {
+	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if seen, err := p.look(t.Context(), wantsOf(all)); err == nil || !empty(seen) {
@@ -497,11 +497,27 @@ func TestHeld(t *testing.T) {
 	}
 	for name, held := range map[string]Held{
 		"nothing":           {},
-		"not by a pidfd":    {PID: p.PID, UID: p.UID, GID: p.GID, Program: p.Program, Hashes: p.Hashes},
-		"of no program yet": {PID: p.PID, UID: p.UID, GID: p.GID, Pidfd: p.Pidfd, Hashes: p.Hashes},
+		"not by a pidfd":    {PID: p.PID, UID: p.UID, GID: p.GID, Program: p.Program, hashes: p.hashes},
+		"of no program yet": {PID: p.PID, UID: p.UID, GID: p.GID, pidfd: p.pidfd, hashes: p.hashes},
 	} {
 		if seen, err := held.Look(t.Context(), []string{"unix:group", "systemd:unit"}); err == nil || !empty(seen) {
 			t.Errorf("%s: got %+v, %v", name, seen, err)
+		}
+	}
+}
+
+func TestEffective(t *testing.T) {
+	for status, want := range map[string]int{
+		"Name:\tapp\nUid:\t1000\t7\t1000\t7\nGid:\t1\t2\t3\t4\n": 7,
+		"Name:\tUid: 0 0 0 0\nUid:\t1\t2\t3\t4\n":                2,
+		"Uid:\t1\t2\t3\n":     -1,
+		"Uid:\t1\t-2\t3\t4\n": -1,
+		"Gid:\t1\t2\t3\t4\n":  -1,
+		"":                    -1,
+	} {
+		got, err := effective(status, "Uid:")
+		if (err != nil) != (want < 0) || want >= 0 && got != want {
+			t.Errorf("%q: got %d, %v", status, got, err)
 		}
 	}
 }
@@ -634,7 +650,7 @@ func TestHashNotWaitedFor(t *testing.T) {
 	stop := make([]func(), maxReaders)
 	for i := range stop {
 		var err error
-		if stop[i], err = p.Hashes.enter(t.Context(), uint32(1_000_000+i)); err != nil { // others, whose programs take long
+		if stop[i], err = p.hashes.enter(t.Context(), uint32(1_000_000+i)); err != nil { // others, whose programs take long
 			t.Fatal(err)
 		}
 	}

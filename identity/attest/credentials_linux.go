@@ -3,6 +3,7 @@ package attest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 
 	"google.golang.org/grpc/credentials"
@@ -48,9 +49,9 @@ func (c serverCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.
 	if !ok {
 		return nil, nil, errors.New("attest connection: not on a Unix socket")
 	}
-	p, err := hold(uc, c.hashes)
+	p, err := Hold(uc, c.hashes)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, fmt.Errorf("attest connection: %w", err)
 	}
 	return conn{uc, p}, authInfo{
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, // it never leaves the machine
@@ -85,5 +86,5 @@ type conn struct {
 }
 
 func (c conn) Close() error {
-	return errors.Join(c.UnixConn.Close(), c.process.Pidfd.Close())
+	return errors.Join(c.UnixConn.Close(), c.process.Close())
 }

@@ -16,65 +16,108 @@ import (
 )
 
 // Held is a process that is held by a pidfd, which goes on meaning the same process when its PID is another's. What is
-// read from /proc/PID is therefore true of it if it is still alive after the reading. Look needs all of it. Whoever
-// fills it in answers for it that PID, UID and GID were those of the process that the pidfd holds.
+// read from /proc/PID is therefore true of it if it is still alive after the reading. Hold, HoldPID and Again make one, and
+// whoever has it closes it. The zero value is nobody.
 type Held struct {
-	PID, UID, GID int         // when it connected
-	Pidfd         *os.File    // the caller's, who closes it: then Look knows nothing more
-	Program       fs.FileInfo // os.Stat of the program that it ran when it connected; nil if that could not be read
-	Hashes        *Hashes
+	PID, UID, GID int         // when it connected, or was held
+	Program       fs.FileInfo // os.Stat of the program that it ran then; nil if that could not be read
+	pidfd         *os.File
+	hashes        *Hashes
 }
 
-// hold returns the process that connected a socket.
-func hold(c *net.UnixConn, hashes *Hashes) (*Held, error) {
+// Hold returns the process that connected a Unix socket.
+func Hold(c *net.UnixConn, hashes *Hashes) (*Held, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
-		return nil, fmt.Errorf("attest connection: %w", err)
+		return nil, err
 	}
 	var cred *unix.Ucred
 	var fd int
 	var credErr, fdErr error
 	err = raw.Control(func(s uintptr) {
-		cred, credErr = unix.GetsockoptUcred(int(s), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		fd, fdErr = unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+		if cred, credErr = unix.GetsockoptUcred(int(s), unix.SOL_SOCKET, unix.SO_PEERCRED); credErr == nil && cred.Pid > 0 {
+			fd, fdErr = unix.GetsockoptInt(int(s), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+		}
 	})
 	if err := errors.Join(err, credErr); err != nil {
-		return nil, fmt.Errorf("attest connection: %w", err)
+		return nil, err
 	}
 	if cred.Pid <= 0 {
-		return nil, errors.New("attest connection: its process is in a PID namespace that cannot be seen from here")
+		return nil, errors.New("its process is in a PID namespace that cannot be seen from here")
 	}
-	old := errors.Is(fdErr, unix.ENOPROTOOPT)
-	if old { // Linux before 6.5
-		fd, fdErr = unix.PidfdOpen(int(cred.Pid), 0)
+	pid := int(cred.Pid)
+	byPID := errors.Is(fdErr, unix.ENOPROTOOPT) // Linux before 6.5
+	if byPID {
+		fd, fdErr = unix.PidfdOpen(pid, 0)
 	}
 	if fdErr != nil {
-		return nil, fmt.Errorf("attest connection: hold process %d: %w", cred.Pid, fdErr)
+		return nil, fmt.Errorf("hold process %d: %w", pid, fdErr)
 	}
-	p := &Held{PID: int(cred.Pid), UID: int(cred.Uid), GID: int(cred.Gid), Pidfd: os.NewFile(uintptr(fd), "pidfd"), Hashes: hashes}
-	if err := p.begin(old); err != nil {
-		return nil, errors.Join(fmt.Errorf("attest connection: %w", err), p.Pidfd.Close())
+	return hold(pid, fd, hashes, func(p *Held) error {
+		p.UID, p.GID = int(cred.Uid), int(cred.Gid)
+		if !byPID {
+			return nil
+		}
+		// It may be another one, which has got the PID since the connection; at least it must then run as the same user and
+		// group.
+		uid, gid, err := p.user()
+		if err == nil && (uid != p.UID || gid != p.GID) {
+			err = errors.New("its process has ended and another has its PID")
+		}
+		return err
+	})
+}
+
+// HoldPID returns the process that has a PID now, as the user and group that it runs as now. Whether it is the one that is
+// meant, the caller finds out.
+func HoldPID(pid int, hashes *Hashes) (*Held, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("hold process %d: %w", pid, err)
+	}
+	return hold(pid, fd, hashes, func(p *Held) (err error) {
+		p.UID, p.GID, err = p.user()
+		return err
+	})
+}
+
+// hold has a pidfd, which it owns, and notes who the process is and which program runs.
+func hold(pid, fd int, hashes *Hashes, who func(*Held) error) (*Held, error) {
+	if err := unix.SetNonblock(fd, true); err != nil { // lets Go wait for it without a thread
+		return nil, errors.Join(fmt.Errorf("hold process %d: %w", pid, err), unix.Close(fd))
+	}
+	p := &Held{PID: pid, pidfd: os.NewFile(uintptr(fd), "pidfd"), hashes: hashes}
+	err := who(p)
+	if err == nil {
+		// Not readable: it gets no selectors of its program. A control plane that is not root may read that of its own
+		// user's processes only.
+		p.Program, _ = os.Stat(p.proc("exe"))
+		err = p.Alive()
+	}
+	if err != nil {
+		return nil, errors.Join(err, p.Close())
 	}
 	return p, nil
 }
 
-// begin notes which program runs. A pidfd that was opened by PID may be that of a process which has got the PID since
-// the connection; at least it must then run as the user and group that connected.
-func (p *Held) begin(byPID bool) error {
-	if byPID {
-		info, err := os.Stat(p.proc(""))
-		if err != nil {
-			return fmt.Errorf("look at process: %w", err)
-		}
-		if s := unixStat(info); int(s.Uid) != p.UID || int(s.Gid) != p.GID {
-			return errors.New("its process has ended and another has its PID")
-		}
+// Again returns the same process, held once more, and as the program that it was at first.
+func (p *Held) Again() (*Held, error) {
+	var fd int
+	var dupErr error
+	raw, err := p.pidfd.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(old uintptr) { fd, dupErr = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
 	}
-	// Not readable: it gets no selectors of its program. A control plane that is not root may read that of its own
-	// user's processes only.
-	p.Program, _ = os.Stat(p.proc("exe"))
-	return p.Alive()
+	if err := errors.Join(err, dupErr); err != nil {
+		return nil, fmt.Errorf("hold process %d: %w", p.PID, err)
+	}
+	q := *p
+	q.pidfd = os.NewFile(uintptr(fd), "pidfd") // as non-blocking as the one that it is a copy of
+	return &q, nil
 }
+
+// Close lets go of the process. Then Look knows nothing more.
+func (p *Held) Close() error { return p.pidfd.Close() }
 
 // Look returns what the process is now. What costs something is found out only if selectors of these kinds need it. It
 // fails once the process has ended, or runs another program than Program, and if the context ends the wait for a hash.
@@ -112,7 +155,7 @@ func (p *Held) look(ctx context.Context, w wants) (Process, error) {
 		seen.Path = p.path(exe)
 		if w.hash {
 			var err error
-			if seen.SHA256, err = p.Hashes.of(ctx, uint32(p.UID), p.proc("exe"), exe); err != nil {
+			if seen.SHA256, err = p.hashes.of(ctx, uint32(p.UID), p.proc("exe"), exe); err != nil {
 				return Process{}, fmt.Errorf("attest caller: hash program: %w", err)
 			}
 		}
@@ -155,29 +198,77 @@ func (p *Held) path(exe fs.FileInfo) string {
 	return path
 }
 
-// Alive returns an error once the process has ended: its pidfd is readable then.
+// Alive returns an error once the process has ended.
 func (p *Held) Alive() error {
-	raw, err := p.Pidfd.SyscallConn()
+	raw, err := p.pidfd.SyscallConn()
 	if err != nil {
 		return fmt.Errorf("watch process %d: %w", p.PID, err)
 	}
-	var n int
+	var ended bool
 	var pollErr error
-	err = raw.Control(func(fd uintptr) {
-		for {
-			n, pollErr = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
-			if pollErr != unix.EINTR {
-				return
-			}
-		}
-	})
-	if err := errors.Join(err, pollErr); err != nil {
+	err = raw.Control(func(fd uintptr) { ended, pollErr = readable(fd) })
+	return p.watched(ended, errors.Join(err, pollErr))
+}
+
+// Wait returns when the process has ended, or is let go, and says which.
+func (p *Held) Wait() error {
+	raw, err := p.pidfd.SyscallConn()
+	if err != nil {
 		return fmt.Errorf("watch process %d: %w", p.PID, err)
 	}
-	if n != 0 {
+	var ended bool
+	var pollErr error
+	err = raw.Read(func(fd uintptr) bool {
+		ended, pollErr = readable(fd)
+		return ended || pollErr != nil
+	})
+	return p.watched(ended, errors.Join(err, pollErr))
+}
+
+func (p *Held) watched(ended bool, err error) error {
+	switch {
+	case err != nil:
+		return fmt.Errorf("watch process %d: %w", p.PID, err)
+	case ended:
 		return fmt.Errorf("process %d has ended", p.PID)
 	}
 	return nil
+}
+
+// readable reports whether a pidfd is: its process has ended then.
+func readable(pidfd uintptr) (bool, error) {
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return n != 0, err
+		}
+	}
+}
+
+// user returns the user and the group that the process runs as.
+func (p *Held) user() (uid, gid int, err error) {
+	status, err := os.ReadFile(p.proc("status")) // the kernel bounds it
+	if err == nil {
+		uid, err = effective(string(status), "Uid:")
+	}
+	if err == nil {
+		gid, err = effective(string(status), "Gid:")
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("look at process %d: %w", p.PID, err)
+	}
+	return uid, gid, nil
+}
+
+// effective returns the second of the IDs in a line of /proc/PID/status: real, effective, saved, file system's.
+func effective(status, name string) (int, error) {
+	for line := range strings.Lines(status) {
+		if fields := strings.Fields(line); len(fields) == 5 && fields[0] == name {
+			id, err := strconv.ParseUint(fields[2], 10, 32)
+			return int(id), err
+		}
+	}
+	return 0, fmt.Errorf("its status has no %s", name)
 }
 
 // maxRead is the size of the largest file of /proc that is read, in bytes: a path of a control group has at most 4096,

@@ -51,19 +51,29 @@ type Source interface {
 	Entitled(context.Context) (issuer.View, error)
 }
 
-// Target is where an endpoint is served.
+// Target is where an endpoint is served: by gateways of which one is as good as another.
 type Target struct {
-	Address    string      // of the gateway: host:port
-	ServerName string      // of the endpoint: what SNI and Host say
-	ID         spiffeid.ID // the gateway's; nobody else is spoken to
+	Addresses  []string      // of the gateways: host:port; the next is tried where one cannot be connected to
+	IDs        []spiffeid.ID // the gateways'; nobody else is spoken to
+	ServerName string        // of the endpoint: what SNI and Host say
 }
+
+// Why there is no Target.
+var (
+	// ErrNoEndpoint says that none has this name, as far as is known here.
+	ErrNoEndpoint = errors.New("no endpoint has this name")
+	// ErrNotTold says that it is not known yet.
+	ErrNotTold = errors.New("it is not known yet which endpoints there are")
+	// ErrNoAddress says that there is one, and nobody has said where its gateways can be reached.
+	ErrNoAddress = errors.New("no gateway says where it can be reached")
+)
 
 // Forwarder is what Run needs: all of it.
 type Forwarder struct {
 	Listener net.Listener // of Listen, or on a Unix socket
 	Source   Source
-	// Gateway returns where an endpoint is served, and false for a name that none has. It is asked at each request.
-	Gateway func(endpoint string) (Target, bool)
+	// Gateway returns where an endpoint is served, or one of the errors above. It is asked at each request.
+	Gateway func(endpoint string) (Target, error)
 	Log     *slog.Logger
 }
 
@@ -223,7 +233,7 @@ func (s *server) attest(ctx context.Context, raw net.Conn) *conn {
 		return c
 	}
 	if !s.slots.takeFor(p.UID) {
-		p.close()
+		p.Close()
 		c.refused = fmt.Errorf("user %d has %d connections already", p.UID, maxUserConnections)
 		return c
 	}
@@ -249,8 +259,8 @@ func (s *server) warn(code, msg string, args ...any) {
 // conn is a caller's connection. It holds its process until it is closed.
 type conn struct {
 	net.Conn
-	process *process // nil: refused
-	refused error    // why it is nobody's
+	process *attest.Held // nil: refused
+	refused error        // why it is nobody's
 	once    sync.Once
 	release func()
 }
@@ -261,7 +271,7 @@ func (c *conn) Close() error {
 	err := c.Conn.Close()
 	c.once.Do(func() {
 		if c.process != nil {
-			c.process.close()
+			c.process.Close()
 		}
 		c.release()
 	})

@@ -73,10 +73,10 @@ type answer struct {
 // gateway is a server that demands X.509-SVIDs.
 type gateway struct {
 	authority *spiffe.Authority
-	target    Target
 	closed    chan string // the connections that were, as in answer.Conn
 
 	mu      sync.Mutex
+	target  Target
 	handler http.HandlerFunc // nil: answer
 }
 
@@ -106,6 +106,19 @@ func (g *gateway) handle(h http.HandlerFunc) {
 	g.handler = h
 }
 
+// where is what the forwarder is told of it.
+func (g *gateway) where() Target {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.target
+}
+
+func (g *gateway) move(t Target) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.target = t
+}
+
 func startGateway(t *testing.T, a *spiffe.Authority) *gateway {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -128,7 +141,7 @@ func startGateway(t *testing.T, a *spiffe.Authority) *gateway {
 	}
 	g := &gateway{
 		authority: a,
-		target:    Target{Address: l.Addr().String(), ServerName: "chat.models.internal", ID: id},
+		target:    Target{Addresses: []string{l.Addr().String()}, ServerName: "chat.models.internal", IDs: []spiffeid.ID{id}},
 		closed:    make(chan string, 1000),
 	}
 	s := &http.Server{Handler: g, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo),
@@ -206,8 +219,22 @@ func (w *world) start(t *testing.T, network string, source Source) {
 	w.server = newServer(&Forwarder{
 		Listener: l,
 		Source:   source,
-		Gateway:  func(endpoint string) (Target, bool) { return w.target, endpoint == "chat" },
-		Log:      slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Gateway: func(endpoint string) (Target, error) {
+			switch endpoint {
+			case "chat":
+				return w.where(), nil
+			case "docs":
+				t := w.where()
+				t.ServerName = "docs.models.internal"
+				return t, nil
+			case "early":
+				return Target{}, ErrNotTold
+			case "lost":
+				return Target{}, ErrNoAddress
+			}
+			return Target{}, ErrNoEndpoint
+		},
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -1111,6 +1138,8 @@ func TestRefused(t *testing.T) {
 		{name: "no endpoint", path: "/", status: 404, code: "unknown_endpoint"},
 		{name: "empty endpoint", path: "//chat/v1", status: 404, code: "unknown_endpoint"},
 		{name: "escaped endpoint", path: "/ch%61t/v1", status: 404, code: "unknown_endpoint"},
+		{name: "nothing told yet", path: "/early/v1", status: 503, code: "endpoints_unknown"},
+		{name: "no address", path: "/lost/v1", status: 503, code: "gateway_unknown"},
 		{name: "another host", path: "/chat/v1", host: fmt.Sprint("evil.example:", port), status: 403, code: "not_an_application"},
 		{name: "another port", path: "/chat/v1", host: "127.0.0.1:1", status: 403, code: "not_an_application"},
 		{name: "no port", path: "/chat/v1", host: "localhost", status: 403, code: "not_an_application"},
@@ -1161,10 +1190,10 @@ func TestGatewayProblems(t *testing.T) {
 		status int
 		code   string
 	}{
-		"nobody":               {func(g *Target) { g.Address = closed.Addr().String() }, 503, "gateway_unreachable"},
-		"another workload":     {func(g *Target) { g.ID = spiffeid.RequireFromString("spiffe://example.org/other") }, 502, "gateway_not_trusted"},
-		"no ID":                {func(g *Target) { g.ID = spiffeid.ID{} }, 502, "gateway_not_trusted"},
-		"another trust domain": {func(g *Target) { g.Address = stranger.target.Address }, 502, "gateway_not_trusted"},
+		"nobody":               {func(g *Target) { g.Addresses = []string{closed.Addr().String()} }, 503, "gateway_unreachable"},
+		"another workload":     {func(g *Target) { g.IDs = []spiffeid.ID{spiffeid.RequireFromString("spiffe://example.org/other")} }, 502, "gateway_not_trusted"},
+		"no ID":                {func(g *Target) { g.IDs = nil }, 502, "gateway_not_trusted"},
+		"another trust domain": {func(g *Target) { g.Addresses = stranger.target.Addresses }, 502, "gateway_not_trusted"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := &world{gateway: &gateway{target: good.target}, issuer: good.issuer}
@@ -1282,12 +1311,11 @@ func TestSelectors(t *testing.T) {
 	if got := app.line(t); got != "staying" {
 		t.Fatal(got)
 	}
-	p, err := holdPID(app.cmd.Process.Pid)
+	p, err := attest.HoldPID(app.cmd.Process.Pid, attest.NewHashes())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.close()
-	p.Hashes = attest.NewHashes()
+	defer p.Close()
 	ctx := context.WithValue(t.Context(), processKey{}, p)
 	program, err := os.ReadFile(app.program)
 	if err != nil {

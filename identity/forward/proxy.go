@@ -48,14 +48,16 @@ func (s *server) serve(ctx context.Context, w http.ResponseWriter, r *http.Reque
 		return
 	}
 	name, path := split(r.URL)
-	target, ok := s.Gateway(name)
-	if !ok {
-		problem{http.StatusNotFound, fmt.Sprintf("no endpoint %.100q", name), "invalid_request_error", "unknown_endpoint",
-			"the base URL is http://127.0.0.1:PORT/ENDPOINT/v1, where ENDPOINT is the name of an Endpoint document"}.write(w)
+	target, err := s.Gateway(name)
+	if err == nil && len(target.Addresses) == 0 {
+		err = ErrNoAddress
+	}
+	if err != nil {
+		targetProblem(name, err).write(w)
 		return
 	}
 	c := r.Context().Value(connKey{}).(*conn)
-	err := c.refused
+	err = c.refused
 	if err == nil {
 		err = c.process.Check()
 	}
@@ -96,7 +98,7 @@ func (s *server) serve(ctx context.Context, w http.ResponseWriter, r *http.Reque
 			}
 			if r.Context().Err() == nil { // else it is the caller that is gone
 				s.warn(p.code, "request not forwarded", "caller", identity.svid.ID.String(), "endpoint", name,
-					"gateway", target.Address, "error", err)
+					"gateway", strings.Join(target.Addresses, " "), "error", err)
 			}
 			p.write(w)
 		},
@@ -144,6 +146,20 @@ func split(u *url.URL) (endpoint string, path url.URL) {
 	return endpoint, url.URL{Path: plain, RawPath: rest}
 }
 
+// targetProblem says why an endpoint leads nowhere.
+func targetProblem(name string, err error) problem {
+	switch {
+	case errors.Is(err, ErrNotTold):
+		return problem{http.StatusServiceUnavailable, err.Error(), "api_error", "endpoints_unknown",
+			"the control plane tells the agent: look at the agent's log"}
+	case errors.Is(err, ErrNoAddress):
+		return problem{http.StatusServiceUnavailable, fmt.Sprintf("endpoint %.100q: %s", name, err), "api_error", "gateway_unknown",
+			"its Gateway document must have an address, as in address: edge.internal:8443"}
+	}
+	return problem{http.StatusNotFound, fmt.Sprintf("no endpoint %.100q", name), "invalid_request_error", "unknown_endpoint",
+		"the base URL is http://127.0.0.1:PORT/ENDPOINT/v1, where ENDPOINT is the name of an Endpoint document at which a Grant names a workload of this machine"}
+}
+
 // identityProblem says why there is no identity.
 func identityProblem(err error) problem {
 	p := problem{http.StatusServiceUnavailable, err.Error(), "api_error", "no_identity",
@@ -164,6 +180,7 @@ func gatewayProblem(err error) problem {
 	var stranger *strangerError
 	var alert tls.AlertError
 	var op *net.OpError
+	var unreached unreachedError
 	switch {
 	case errors.As(err, &stranger):
 		p.message = "who answers at the gateway's address is not the gateway: " + err.Error()
@@ -171,9 +188,9 @@ func gatewayProblem(err error) problem {
 	case errors.As(err, &alert), errors.As(err, &op) && op.Op == "remote error":
 		p.message = "the gateway does not accept this identity: " + err.Error()
 		p.code, p.hint = "identity_not_accepted", "the gateway must trust the trust domain of the agent, and serve the endpoint"
-	case errors.As(err, &op) && op.Op == "dial":
+	case errors.As(err, &unreached):
 		p.status, p.message = http.StatusServiceUnavailable, "the gateway can't be reached: "+err.Error()
-		p.code, p.hint = "gateway_unreachable", "is the gateway running, and does its address lead there?"
+		p.code, p.hint = "gateway_unreachable", "is the gateway running, does its address lead there, and does it serve the endpoint?"
 	}
 	return p
 }

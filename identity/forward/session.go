@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,14 +19,17 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"sallyport.dev/identity/attest"
 	"sallyport.dev/identity/issuer"
 )
 
 const (
 	issueTimeout = 15 * time.Second // for one SVID, and for a request to wait for the first
-	dialTimeout  = 10 * time.Second
-	firstRetry   = time.Second
-	lastRetry    = 30 * time.Second
+	dialTimeout  = 10 * time.Second // for all gateways of an endpoint, and
+	// leastDialTimeout is for one of them: room for a packet that is lost.
+	leastDialTimeout = 3 * time.Second
+	firstRetry       = time.Second
+	lastRetry        = 30 * time.Second
 )
 
 // errIdle ends a session that nobody uses.
@@ -35,7 +40,7 @@ var errIdle = errors.New("not in use")
 type session struct {
 	server  *server
 	key     key
-	process *process // its own hold
+	process *attest.Held // its own hold
 
 	users    int       // requests that are under way; server.mu guards it and idle
 	idle     time.Time // when the last one ended
@@ -46,10 +51,10 @@ type session struct {
 }
 
 // session returns that of the process, for one request: release it.
-func (s *server) session(ctx context.Context, p *process) (*session, error) {
+func (s *server) session(ctx context.Context, p *attest.Held) (*session, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k := p.key()
+	k := keyOf(p)
 	found := s.sessions[k]
 	// Two processes that are alive at one moment and have one PID are one process.
 	known := found != nil && found.process.Alive() == nil
@@ -57,7 +62,7 @@ func (s *server) session(ctx context.Context, p *process) (*session, error) {
 		return nil, err
 	}
 	if !known {
-		own, err := p.again()
+		own, err := p.Again()
 		if err != nil {
 			return nil, err
 		}
@@ -101,7 +106,7 @@ func (s *session) current(ctx context.Context) (*identity, error) {
 func (s *session) run(ctx context.Context) {
 	ctx, end := context.WithCancelCause(ctx)
 	var watching sync.WaitGroup
-	watching.Go(func() { end(s.process.wait()) })
+	watching.Go(func() { end(s.process.Wait()) })
 	s.err = s.keep(context.WithValue(ctx, processKey{}, s.process))
 	s.server.mu.Lock()
 	if s.server.sessions[s.key] == s {
@@ -115,7 +120,7 @@ func (s *session) run(ctx context.Context) {
 		s.server.Log.Info("identity let go", "caller", i.svid.ID.String(), "pid", s.process.PID, "error", s.err)
 	}
 	end(nil)
-	s.process.close() // wakes who watches
+	s.process.Close() // wakes who watches
 	watching.Wait()
 }
 
@@ -186,7 +191,7 @@ func (s *session) renew(ctx context.Context, wallet *issuer.Wallet, bundles *iss
 	next := &identity{
 		svid:       wallet.SVIDs()[0],
 		bundles:    setOf(view.Bundles),
-		transports: map[Target]*http.Transport{},
+		transports: map[string]*http.Transport{},
 	}
 	renamed := before != nil && before.svid.ID != next.svid.ID
 	if before == nil || renamed {
@@ -242,44 +247,102 @@ type identity struct {
 	conns   *conns
 
 	mu         sync.Mutex
-	transports map[Target]*http.Transport
+	transports map[string]*http.Transport // by what the target says
 }
 
-// transport returns the way to a gateway.
+// transport returns the way to a target's gateways. Where the target changes there is another way; what is under way on
+// the one before ends by itself.
 func (i *identity) transport(t Target) *http.Transport {
+	says := fmt.Sprintf("%q %q %q", t.Addresses, t.IDs, t.ServerName)
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if way := i.transports[t]; way != nil {
+	if way := i.transports[says]; way != nil {
 		return way
 	}
-	config := tlsconfig.MTLSClientConfig(i.svid, i.bundles, tlsconfig.AuthorizeID(t.ID))
-	config.MinVersion = tls.VersionTLS13
-	config.ServerName = t.ServerName // for SNI; the gateway is known by its SPIFFE ID
-	config.VerifyPeerCertificate = nil
-	config.VerifyConnection = func(c tls.ConnectionState) error { // in its place, with an error of ours
-		id, _, err := x509svid.Verify(c.PeerCertificates, i.bundles)
-		if err == nil && id != t.ID {
-			err = fmt.Errorf("it is %s, not %s", id, t.ID)
-		}
-		if err != nil {
-			return &strangerError{err}
-		}
-		return nil
-	}
 	way := &http.Transport{
-		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return i.conns.dial(ctx, network, t.Address)
-		},
-		TLSClientConfig:        config,
-		TLSHandshakeTimeout:    dialTimeout,
+		DialTLSContext:         i.dialer(t).dial,
 		DisableCompression:     true, // what passes, passes as it is
 		MaxIdleConnsPerHost:    64,
 		IdleConnTimeout:        30 * time.Second, // before the gateway's own
 		ExpectContinueTimeout:  time.Second,
 		MaxResponseHeaderBytes: 256 << 10,
 	}
-	i.transports[t] = way
+	i.transports[says] = way
 	return way
+}
+
+// dialer connects to whichever of an endpoint's gateways can be connected to.
+type dialer struct {
+	conns     *conns
+	addresses []string
+	timeout   time.Duration // for each
+	config    *tls.Config
+	last      atomic.Int32 // which one it was: with that it begins
+}
+
+func (i *identity) dialer(t Target) *dialer {
+	config := tlsconfig.MTLSClientConfig(i.svid, i.bundles, tlsconfig.AuthorizeOneOf(t.IDs...))
+	config.MinVersion = tls.VersionTLS13
+	config.ServerName = t.ServerName // for SNI; the gateway is known by its SPIFFE ID
+	config.VerifyPeerCertificate = nil
+	config.VerifyConnection = func(c tls.ConnectionState) error { // in its place, with an error of ours
+		id, _, err := x509svid.Verify(c.PeerCertificates, i.bundles)
+		if err == nil && !slices.Contains(t.IDs, id) {
+			err = fmt.Errorf("it is %s, not one of %s", id, t.IDs)
+		}
+		if err != nil {
+			return &strangerError{err}
+		}
+		return nil
+	}
+	share := dialTimeout / time.Duration(max(len(t.Addresses), 1))
+	return &dialer{conns: i.conns, addresses: t.Addresses, timeout: max(share, leastDialTimeout), config: config}
+}
+
+// unreachedError says why there is no connection; nothing was sent.
+type unreachedError []error
+
+func (e unreachedError) Error() string {
+	var text []string
+	for _, err := range e {
+		text = append(text, err.Error())
+	}
+	return strings.Join(text, "; ")
+}
+
+func (e unreachedError) Unwrap() []error { return e }
+
+func (d *dialer) dial(ctx context.Context, network, _ string) (net.Conn, error) {
+	begin, n := int(d.last.Load()), len(d.addresses)
+	var why unreachedError
+	for i := range n {
+		at := (begin + i) % n
+		c, err := d.dialOne(ctx, network, d.addresses[at])
+		if err == nil {
+			d.last.Store(int32(at))
+			return c, nil
+		}
+		why = append(why, err)
+		if ctx.Err() != nil || errors.Is(err, errLost) {
+			break
+		}
+	}
+	return nil, why
+}
+
+func (d *dialer) dialOne(ctx context.Context, network, address string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, d.timeout)
+	defer cancel()
+	raw, err := d.conns.dial(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	c := tls.Client(raw, d.config)
+	if err := c.HandshakeContext(ctx); err != nil {
+		raw.Close()
+		return nil, err
+	}
+	return c, nil
 }
 
 // strangerError says that the other end is not the gateway that was meant.
@@ -310,8 +373,7 @@ func newConns() *conns { return &conns{open: map[*upstream]struct{}{}} }
 var errLost = errors.New("the identity is no longer in force")
 
 func (c *conns) dial(ctx context.Context, network, address string) (net.Conn, error) {
-	dialer := net.Dialer{Timeout: dialTimeout}
-	raw, err := dialer.DialContext(ctx, network, address)
+	raw, err := (&net.Dialer{}).DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}

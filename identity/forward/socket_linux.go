@@ -39,12 +39,12 @@ type sockets struct {
 }
 
 // hold returns the process at the other end of a connection.
-func (s *sockets) hold(ctx context.Context, c net.Conn) (*process, error) {
-	var p *process
+func (s *sockets) hold(ctx context.Context, c net.Conn) (*attest.Held, error) {
+	var p *attest.Held
 	var err error
 	switch c := c.(type) {
 	case *net.UnixConn:
-		p, err = holdPeer(c)
+		p, err = attest.Hold(c, s.hashes)
 	case *net.TCPConn:
 		p, err = s.holdOwner(ctx, c)
 	default:
@@ -53,12 +53,11 @@ func (s *sockets) hold(ctx context.Context, c net.Conn) (*process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attest connection: %w", err)
 	}
-	p.Hashes = s.hashes
 	return p, nil
 }
 
 // holdOwner returns the one process that holds the client's end of a connection.
-func (s *sockets) holdOwner(ctx context.Context, c *net.TCPConn) (*process, error) {
+func (s *sockets) holdOwner(ctx context.Context, c *net.TCPConn) (*attest.Held, error) {
 	client, server := addrPort(c.RemoteAddr()), addrPort(c.LocalAddr())
 	if !client.Addr().IsLoopback() || !server.Addr().IsLoopback() {
 		return nil, fmt.Errorf("%s is not on this machine", client)
@@ -78,7 +77,7 @@ func (s *sockets) holdOwner(ctx context.Context, c *net.TCPConn) (*process, erro
 	}
 }
 
-func (s *sockets) owner(client, server netip.AddrPort) (*process, error) {
+func (s *sockets) owner(client, server netip.AddrPort) (*attest.Held, error) {
 	// As long as the connection is open at our end, nobody else can have a socket between these two addresses.
 	r, err := lookup(client, server)
 	if err != nil {
@@ -94,7 +93,7 @@ func (s *sockets) owner(client, server netip.AddrPort) (*process, error) {
 	case len(pids) > 1:
 		return nil, fmt.Errorf("%d processes hold its socket", len(pids))
 	}
-	p, err := holdPID(pids[0])
+	p, err := attest.HoldPID(pids[0], s.hashes)
 	if err != nil {
 		return nil, err
 	}
@@ -110,7 +109,7 @@ func (s *sockets) owner(client, server netip.AddrPort) (*process, error) {
 		err = p.Check()
 	}
 	if err != nil {
-		p.close()
+		p.Close()
 		return nil, err
 	}
 	return p, nil

@@ -97,22 +97,6 @@ func TestKernelsTables(t *testing.T) {
 	}
 }
 
-func TestEffective(t *testing.T) {
-	for status, want := range map[string]int{
-		"Name:\tapp\nUid:\t1000\t7\t1000\t7\nGid:\t1\t2\t3\t4\n": 7,
-		"Name:\tUid: 0 0 0 0\nUid:\t1\t2\t3\t4\n":                2,
-		"Uid:\t1\t2\t3\n":     -1,
-		"Uid:\t1\t-2\t3\t4\n": -1,
-		"Gid:\t1\t2\t3\t4\n":  -1,
-		"":                    -1,
-	} {
-		got, err := effective(status, "Uid:")
-		if (err != nil) != (want < 0) || want >= 0 && got != want {
-			t.Errorf("%q: got %d, %v", status, got, err)
-		}
-	}
-}
-
 func FuzzBetween(f *testing.F) {
 	client, server := netip.MustParseAddrPort("127.0.0.1:40058"), netip.MustParseAddrPort("[2001:db8::1]:8080")
 	f.Add(header + line(row{client, server, 1000, 42}))

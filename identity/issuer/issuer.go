@@ -66,9 +66,9 @@ func Match(entries []Entry, have []segment.Selector) []Entry {
 
 // Certifier signs for the issuer, who has seen to it that the entry is in force.
 type Certifier interface {
-	// CertifyX509 certifies that the holder of the key that signed the request (PKCS #10, DER) is whom the entry says.
-	// Of the request it believes the key and nothing else. It returns the leaf and the authorities below the root.
-	CertifyX509(ctx context.Context, e Entry, csr []byte) ([]*x509.Certificate, error)
+	// CertifyX509 certifies that the holder of the key is whom the entry says. It returns the leaf and the authorities
+	// below the root.
+	CertifyX509(ctx context.Context, e Entry, k Key) ([]*x509.Certificate, error)
 	// CertifyJWT returns a JWT-SVID in its compact form.
 	CertifyJWT(ctx context.Context, e Entry, audience []string) (string, error)
 }
@@ -202,12 +202,12 @@ func (b Bundles) of(entries []Entry) Bundles {
 	return some
 }
 
-// CertifyX509 has a request certified; see Certifier. It refuses IDs that no entry in force has, with a *NoIdentityError.
-func (i *Issuer) CertifyX509(ctx context.Context, e Entry, csr []byte) ([]*x509.Certificate, error) {
+// CertifyX509 has a key certified; see Certifier. It refuses IDs that no entry in force has, with a *NoIdentityError.
+func (i *Issuer) CertifyX509(ctx context.Context, e Entry, k Key) ([]*x509.Certificate, error) {
 	if !i.state.Load().ids[e.ID] {
 		return nil, &NoIdentityError{Err: fmt.Errorf("nobody may be %s", e.ID)}
 	}
-	return i.config.Certifier.CertifyX509(ctx, e, csr)
+	return i.config.Certifier.CertifyX509(ctx, e, k)
 }
 
 // CertifyJWT has a JWT-SVID made; see Certifier. It refuses as CertifyX509 does.

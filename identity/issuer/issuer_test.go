@@ -140,7 +140,7 @@ func TestViewSaysWhenItChanges(t *testing.T) {
 	if _, err := i.Entitled(t.Context()); err == nil {
 		t.Error("still entitled")
 	}
-	if _, err := i.CertifyX509(t.Context(), view.Entries[0], nil); err == nil {
+	if _, err := i.CertifyX509(t.Context(), view.Entries[0], issuer.HeldKey(newKey(t))); err == nil {
 		t.Error("an entry that is gone is signed for")
 	}
 }

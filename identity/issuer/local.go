@@ -16,9 +16,6 @@ import (
 // jwtTTL is the lifetime of JWT-SVIDs. They can't be taken back, so it is short.
 const jwtTTL = 5 * time.Minute
 
-// maxCSR is more than a request with a key of any size that makes sense has.
-const maxCSR = 16 << 10
-
 // Local certifies with authorities that are in this process. It certifies nothing until Set. That an authority cannot
 // sign is the gRPC status Unavailable; that it must not sign what is asked for, InvalidArgument.
 type Local struct {
@@ -33,27 +30,20 @@ type Local struct {
 func (l *Local) Set(a identity.Authorities) { l.authorities.Store(&a) }
 
 // CertifyX509 is a Certifier's.
-func (l *Local) CertifyX509(_ context.Context, e Entry, csr []byte) ([]*x509.Certificate, error) {
+func (l *Local) CertifyX509(_ context.Context, e Entry, k Key) ([]*x509.Certificate, error) {
 	a := l.authorities.Load()
 	if a == nil || a.X509 == nil {
 		return nil, status.Error(codes.Unavailable, "issue SVID: no authority yet")
 	}
-	if len(csr) > maxCSR {
-		return nil, status.Errorf(codes.InvalidArgument, "issue SVID: the request has more than %d bytes", maxCSR)
-	}
-	request, err := x509.ParseCertificateRequest(csr)
-	if err != nil {
-		return nil, status.Errorf(codes.InvalidArgument, "issue SVID: %v", err)
-	}
-	if err := request.CheckSignature(); err != nil {
-		return nil, status.Errorf(codes.InvalidArgument, "issue SVID: the request is not signed by its key: %v", err)
+	if k.Public() == nil {
+		return nil, status.Error(codes.InvalidArgument, "issue SVID: no key")
 	}
 	now := time.Now()
 	template, err := a.X509.SVIDTemplate(identity.Request{ID: e.ID, DNSNames: e.DNSNames, TTL: e.TTL}, now, rand.Reader)
 	if err != nil {
 		return nil, status.Errorf(codes.Unavailable, "issue SVID: %v", err)
 	}
-	chain, err := a.X509.Sign(template, request.PublicKey, now)
+	chain, err := a.X509.Sign(template, k.Public(), now)
 	if err != nil {
 		return nil, status.Errorf(codes.Unavailable, "issue SVID: %v", err)
 	}

@@ -8,7 +8,6 @@ import (
 	"crypto/x509"
 	"fmt"
 	mathrand "math/rand/v2"
-	"net/url"
 	"slices"
 	"time"
 
@@ -21,7 +20,7 @@ import (
 
 // Signer certifies keys: an *Issuer.
 type Signer interface {
-	CertifyX509(ctx context.Context, e Entry, csr []byte) ([]*x509.Certificate, error)
+	CertifyX509(ctx context.Context, e Entry, k Key) ([]*x509.Certificate, error)
 }
 
 // How long to wait before a replacement that failed is tried again: between the two, longer each time.
@@ -147,11 +146,7 @@ func newSVID(ctx context.Context, s Signer, e Entry) (*x509svid.SVID, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make key of %s: %w", e.ID, err)
 	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{URIs: []*url.URL{e.ID.URL()}}, key)
-	if err != nil {
-		return nil, fmt.Errorf("request certificate of %s: %w", e.ID, err)
-	}
-	chain, err := s.CertifyX509(ctx, e, csr)
+	chain, err := s.CertifyX509(ctx, e, HeldKey(key))
 	if err != nil {
 		return nil, err
 	}

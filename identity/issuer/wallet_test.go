@@ -21,11 +21,11 @@ type distant struct {
 	asked int
 }
 
-func (d *distant) CertifyX509(ctx context.Context, e issuer.Entry, csr []byte) ([]*x509.Certificate, error) {
+func (d *distant) CertifyX509(ctx context.Context, e issuer.Entry, k issuer.Key) ([]*x509.Certificate, error) {
 	if d.asked++; d.err != nil {
 		return nil, d.err
 	}
-	return d.Issuer.CertifyX509(ctx, e, csr)
+	return d.Issuer.CertifyX509(ctx, e, k)
 }
 
 // Whoever signs is away when an SVID is half through its life: it is held until it ends, and not a moment longer.

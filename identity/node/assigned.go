@@ -18,19 +18,21 @@ import (
 	"sallyport.dev/identity/node/nodepb"
 )
 
-// assigned is what one agent's workloads are. It is immutable once it is sealed.
+// assigned is what one agent's workloads are, and what they may reach. It is immutable once it is sealed.
 type assigned struct {
-	entries map[string]issuer.Entry // by the names that the agent knows them by
-	message *nodepb.Entries
-	domains map[spiffeid.TrustDomain]bool // whose bundles it gets
-	all     bool                          // it gets every bundle
+	entries   map[string]issuer.Entry // by the names that the agent knows them by
+	message   *nodepb.Entries
+	endpoints *nodepb.Endpoints
+	domains   map[spiffeid.TrustDomain]bool // whose bundles it gets
+	all       bool                          // it gets every bundle
 }
 
 func newAssigned() *assigned {
 	return &assigned{
-		entries: map[string]issuer.Entry{},
-		message: &nodepb.Entries{},
-		domains: map[spiffeid.TrustDomain]bool{},
+		entries:   map[string]issuer.Entry{},
+		message:   &nodepb.Entries{},
+		endpoints: &nodepb.Endpoints{},
+		domains:   map[spiffeid.TrustDomain]bool{},
 	}
 }
 
@@ -60,7 +62,19 @@ func (a *assigned) add(e issuer.Entry) {
 	}
 }
 
-func (a *assigned) seal() { a.message.Digest = digest(a.message) }
+func (a *assigned) tell(endpoints []Endpoint) {
+	for _, e := range endpoints {
+		m := &nodepb.Endpoint{Name: string(e.Name), Hostname: e.Hostname}
+		for _, g := range e.Gateways {
+			m.Gateways = append(m.Gateways, &nodepb.Endpoint_Gateway{SpiffeId: g.ID.String(), Address: g.Address})
+		}
+		a.endpoints.Endpoints = append(a.endpoints.Endpoints, m)
+	}
+}
+
+func (a *assigned) seal() {
+	a.message.Digest, a.endpoints.Digest = digest(a.message), digest(a.endpoints)
+}
 
 // digest is of everything that a message says. Within one program, equal messages have equal ones.
 func digest(m proto.Message) []byte {

@@ -268,7 +268,11 @@ func (s *Server) admit(ctx context.Context, id spiffeid.ID, how string, csr []by
 }
 
 func (s *Server) certifyAgent(ctx context.Context, id spiffeid.ID, csr []byte) ([]*x509.Certificate, error) {
-	return s.config.Certifier.CertifyX509(ctx, issuer.Entry{ID: id, TTL: s.config.TTL}, csr)
+	key, err := issuer.RequestedKey(csr)
+	if err != nil {
+		return nil, err
+	}
+	return s.config.Certifier.CertifyX509(ctx, issuer.Entry{ID: id, TTL: s.config.TTL}, key)
 }
 
 func svidMessage(chain []*x509.Certificate) *nodepb.X509SVID {

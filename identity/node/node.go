@@ -1,4 +1,5 @@
-// Package node attests the agents on other machines and gives each the identities of its workloads, and no others.
+// Package node attests the agents on other machines and gives each the identities of its workloads, and no others. Who
+// asks is told the endpoints of its workloads, too.
 //
 // It is for a control plane whose workloads are on many machines; identity/agent is the other end, nodepb what they
 // speak. A machine becomes an agent by a join token or by a certificate of an authority that the operator named, gets
@@ -24,7 +25,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -32,6 +32,7 @@ import (
 
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/node/nodepb"
+	"sallyport.dev/segment"
 )
 
 const (
@@ -51,7 +52,9 @@ type Config struct {
 	// X509POP are the authorities whose certificates attest machines. Whoever holds one is an agent: they should certify
 	// nothing else. Without any, nobody is attested in that way.
 	X509POP []*x509.Certificate
-	// TTL is the lifetime of the X.509-SVIDs of agents and of the control plane; an hour if it is zero.
+	// Certificate is the control plane's own X.509-SVID, /controlplane. It is asked at each handshake.
+	Certificate func() (*tls.Certificate, error)
+	// TTL is the lifetime of the X.509-SVIDs of agents; an hour if it is zero.
 	TTL time.Duration
 	Log *slog.Logger
 }
@@ -60,6 +63,19 @@ type Config struct {
 type Assignment struct {
 	issuer.Entry
 	Agents []spiffeid.ID
+}
+
+// Endpoint is one that an agent is told, and where its workloads reach it.
+type Endpoint struct {
+	Name     segment.EndpointName
+	Hostname string    // what SNI and Host say
+	Gateways []Gateway // in the order in which to try them; none: nobody has said where those that there are can be reached
+}
+
+// Gateway is one that serves an endpoint.
+type Gateway struct {
+	ID      spiffeid.ID
+	Address string // host:port
 }
 
 // Server is the control plane's end. It is safe for concurrent use.
@@ -73,7 +89,6 @@ type Server struct {
 
 	mu    sync.Mutex // for writers
 	state atomic.Pointer[state]
-	self  *issuer.Self
 }
 
 // state is what is in force. It is immutable, but for changed, which is closed when it no longer is.
@@ -101,8 +116,6 @@ func Open(c Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{config: c, tokens: tokens, agents: agents}
-	s.self = &issuer.Self{Signer: c.Certifier, Entry: issuer.Entry{ID: nodepb.ControlPlane(c.TrustDomain), TTL: c.TTL},
-		Bundle: func() *spiffebundle.Bundle { return s.state.Load().source.Own }, Log: c.Log}
 	if len(c.X509POP) > 0 {
 		s.roots = x509.NewCertPool()
 		for _, ca := range c.X509POP {
@@ -116,21 +129,27 @@ func Open(c Config) (*Server, error) {
 // Tokens returns the server's join tokens.
 func (s *Server) Tokens() *Tokens { return s.tokens }
 
-// Set puts assignments in force in place of those before. Entries that name what only agents and the control plane may
-// be, or another trust domain, are left out and logged.
-func (s *Server) Set(assignments []Assignment) {
+// Set puts assignments in force in place of those before, and so the endpoints that each agent is told. Entries that name
+// what only agents and the control plane may be, or another trust domain, are left out and logged.
+func (s *Server) Set(assignments []Assignment, endpoints map[spiffeid.ID][]Endpoint) {
 	all := make(map[spiffeid.ID]*assigned)
+	of := func(agent spiffeid.ID) *assigned {
+		if all[agent] == nil {
+			all[agent] = newAssigned()
+		}
+		return all[agent]
+	}
 	for _, a := range assignments {
 		if nodepb.Reserved(a.ID) || !a.ID.MemberOf(s.config.TrustDomain) {
 			s.config.Log.Error("entry not assigned: no workload may be this", "caller", a.ID.String())
 			continue
 		}
 		for _, id := range a.Agents {
-			if all[id] == nil {
-				all[id] = newAssigned()
-			}
-			all[id].add(a.Entry)
+			of(id).add(a.Entry)
 		}
+	}
+	for id, known := range endpoints {
+		of(id).tell(known)
 	}
 	for _, a := range all {
 		a.seal()
@@ -206,34 +225,14 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	var group sync.WaitGroup
 	defer group.Wait()
 	defer cancel()
-	tried := make(chan struct{})
-	group.Go(func() { s.keepSVID(ctx, sync.OnceFunc(func() { close(tried) })) })
 	group.Go(func() {
 		<-ctx.Done()
 		server.Stop() // its streams stay open: they would not end by themselves
 	})
-	<-tried // whoever came before would be turned away
 	if err := server.Serve(newLimitListener(l, maxConnections)); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("serve agents: %w", err)
 	}
 	return nil
-}
-
-// keepSVID keeps the control plane's own SVID, and looks again when agents trust others. It says when it has tried to get
-// the first one.
-func (s *Server) keepSVID(ctx context.Context, tried func()) {
-	defer tried()
-	for {
-		changed := s.state.Load().changed
-		due := s.self.Renew(ctx)
-		tried()
-		select {
-		case <-ctx.Done():
-			return
-		case <-changed:
-		case <-due:
-		}
-	}
 }
 
 // tlsConfig asks every client for a certificate and believes none: who it is of is decided at each call, by what is
@@ -243,6 +242,6 @@ func (s *Server) tlsConfig() *tls.Config {
 		MinVersion:             tls.VersionTLS13,
 		ClientAuth:             tls.RequestClientCert,
 		SessionTicketsDisabled: true,
-		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.self.Certificate() },
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.config.Certificate() },
 	}
 }

@@ -85,7 +85,7 @@ func (s *Server) Watch(req *nodepb.WatchRequest, stream grpc.ServerStreamingServ
 	if err := stream.SendHeader(nil); err != nil {
 		return err
 	}
-	entries, bundles := req.EntriesDigest, req.BundlesDigest
+	entries, bundles, endpoints := req.EntriesDigest, req.BundlesDigest, req.EndpointsDigest
 	expired := time.NewTimer(time.Until(svid.NotAfter))
 	defer expired.Stop()
 	for {
@@ -104,7 +104,10 @@ func (s *Server) Watch(req *nodepb.WatchRequest, stream grpc.ServerStreamingServ
 			if b := st.bundles.of(a); !bytes.Equal(b.Digest, bundles) {
 				bundles, resp.Bundles = b.Digest, b
 			}
-			if resp.Entries != nil || resp.Bundles != nil {
+			if req.WantsEndpoints && !bytes.Equal(a.endpoints.Digest, endpoints) {
+				endpoints, resp.Endpoints = a.endpoints.Digest, a.endpoints
+			}
+			if resp.Entries != nil || resp.Bundles != nil || resp.Endpoints != nil {
 				if err := stream.Send(&resp); err != nil {
 					return err
 				}
@@ -149,7 +152,11 @@ func (s *Server) CertifyX509(ctx context.Context, req *nodepb.CertifyX509Request
 		if err := checkRequest(req.Csr); err != nil {
 			return err
 		}
-		chain, err = s.config.Certifier.CertifyX509(ctx, e, req.Csr)
+		key, err := issuer.RequestedKey(req.Csr)
+		if err != nil {
+			return err
+		}
+		chain, err = s.config.Certifier.CertifyX509(ctx, e, key)
 		return err
 	})
 	if err != nil {

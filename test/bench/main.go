@@ -54,7 +54,11 @@ type Report struct {
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx); err != nil {
+	do := run
+	if len(os.Args) > 1 && os.Args[1] == holdCommand {
+		do = func(ctx context.Context) error { return hold(ctx, os.Args[2:]) }
+	}
+	if err := do(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "bench: error:", err)
 		os.Exit(3)
 	}

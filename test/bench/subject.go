@@ -123,8 +123,8 @@ func (b *bench) gatewayFolder(r identity.Request) (folder string, authority *ide
 	return folder, authority, own, nil
 }
 
-// sallyport is a whole `sallyport up` with these documents.
-func (b *bench) sallyport(ctx context.Context, with build, documents map[string]string) (*subject, error) {
+// sallyport is a whole `sallyport up` with these documents, and flags.
+func (b *bench) sallyport(ctx context.Context, with build, documents map[string]string, flags ...string) (*subject, error) {
 	folder, err := os.MkdirTemp(b.folder, "up")
 	if err != nil {
 		return nil, err
@@ -151,9 +151,9 @@ func (b *bench) sallyport(ctx context.Context, with build, documents map[string]
 		return nil, err
 	}
 	s.url = fmt.Sprintf("https://127.0.0.1:%d", port)
-	s.up, err = startProcess(with.path, "up", "-f", s.folder, "--state", state, "--listen", fmt.Sprintf("127.0.0.1:%d", port),
+	s.up, err = startProcess(with.path, append([]string{"up", "-f", s.folder, "--state", state, "--listen", fmt.Sprintf("127.0.0.1:%d", port),
 		"--workload-socket", filepath.Join(folder, "workload.sock"), "--otlp-listen", "", "--envoy", b.envoy,
-		"--envoy-threads", strconv.Itoa(b.threads), "--log-format", "json")
+		"--envoy-threads", strconv.Itoa(b.threads), "--log-format", "json"}, flags...)...)
 	if err != nil {
 		return nil, err
 	}

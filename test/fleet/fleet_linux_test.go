@@ -248,12 +248,14 @@ func (f *fleet) agent(host string) *running {
 		f.Fatal(err)
 	}
 	a := f.start(host, program, "agent", "--control-plane", f.hosts["plane"].Addr.String()+":9443", "--trust-bundle", f.path("bundle.pem"),
-		"--join-token-file", token, "--state", f.path(host+"-agent"), "--workload-socket", f.socket(host))
+		"--join-token-file", token, "--state", f.path(host+"-agent"), "--workload-socket", f.socket(host), "--connect", "unix://"+f.connect(host))
 	f.eventually("agent on "+host, func() bool { return a.said("agent attested") })
 	return a
 }
 
 func (f *fleet) socket(host string) string { return f.path(host + ".sock") }
+
+func (f *fleet) connect(host string) string { return f.path(host + "-c.sock") }
 
 // bundle writes whom agents believe at first: the root in the authority's file.
 func (f *fleet) bundle() {
@@ -333,6 +335,8 @@ func TestFleet(t *testing.T) {
 		return f.role(host, 0, append([]string{"app", f.socket(host), endpoint}, edges...)...)
 	}
 	one, two, other := app("app1", "chat.internal"), app("app2", "chat.internal"), app("app1", "other.internal")
+	unmodified := func(host, endpoint string) *running { return f.role(host, 0, "unmodified", f.connect(host), endpoint) }
+	plain, plainTwo, plainOther := unmodified("app1", "chat"), unmodified("app2", "chat"), unmodified("app1", "other")
 	through := func(r *running, gateway string, status int) func() bool {
 		return func() bool { return r.status(gateway).Status == status }
 	}
@@ -345,12 +349,18 @@ func TestFleet(t *testing.T) {
 	if a := other.status("edge2"); a.Status != 0 || a.Error == "" {
 		t.Errorf("a gateway serves an endpoint that is not its own: %+v", a)
 	}
+	f.eventually("answers for an application that is not changed", through(plain, connected, http.StatusOK))
+	f.eventually("another one is told of no endpoint", through(plainTwo, connected, http.StatusNotFound))
+	f.eventually("nor is the first of others", through(plainOther, connected, http.StatusNotFound))
 
 	one.expect(http.StatusOK) // from here on, whatever happens
+	plain.expect(http.StatusOK)
 	f.write("grant.yaml", grant("one", "app-1")+grant("two", "app-2"))
 	f.eventually("a grant in force over a bad network", both(two, http.StatusOK))
+	f.eventually("the other one is told of the endpoint", through(plainTwo, connected, http.StatusOK))
 	f.write("grant.yaml", grant("one", "app-1"))
 	f.eventually("its end", both(two, http.StatusForbidden))
+	f.eventually("it is told of none", through(plainTwo, connected, http.StatusNotFound))
 
 	// Without a control plane for longer than SVIDs wait for their renewal.
 	f.eventually("quiet", func() bool { return len(f.inForce()) == 2 })
@@ -358,8 +368,10 @@ func TestFleet(t *testing.T) {
 	f.hosts["plane"].Cable(netlab.Link{Cut: true})
 	t.Log("the control plane is cut off")
 	time.Sleep(ttl/2 + 2*time.Second)
-	if bad := one.expect(http.StatusOK); len(bad) > 0 {
-		t.Errorf("without a control plane %d requests failed, first %+v", len(bad), bad[0])
+	for _, r := range []*running{one, plain} {
+		if bad := r.expect(http.StatusOK); len(bad) > 0 {
+			t.Errorf("without a control plane %d requests failed, first %+v", len(bad), bad[0])
+		}
 	}
 	f.hosts["plane"].Cable(netlab.Link{Delay: 30 * time.Millisecond})
 	f.eventually("both gateways back", func() bool { return len(f.inForce()) == 2 })
@@ -377,6 +389,9 @@ func TestFleet(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.eventually("end of a gateway that no document names", func() bool { return slices.Equal(f.inForce(), []string{"edge1"}) })
+	if bad := plain.expect(0); len(bad) > 0 {
+		t.Errorf("by --connect %d requests failed, first %+v", len(bad), bad[0])
+	}
 	if bad := one.expect(0); slices.ContainsFunc(bad, func(a answer) bool { return a.Gateway == "edge1" }) {
 		t.Errorf("%d requests failed that should not, first %+v", len(bad), bad[0])
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -20,6 +21,9 @@ import (
 // roleVariable makes this test program one of the programs that run on the machines.
 const roleVariable = "SALLYPORT_FLEET_ROLE"
 
+// connected is the name of what an application reaches by its agent.
+const connected = "connect"
+
 // answer is one line of an application's output.
 type answer struct {
 	Gateway string    `json:"gateway"`
@@ -32,22 +36,30 @@ type answer struct {
 // play runs a role. Its arguments stand in the variable, behind its name.
 func play(role string) int {
 	args := strings.Fields(role)
-	ctx := context.Background()
-	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+args[1])))
-	if err == nil {
-		switch args[0] {
-		case "backend":
-			err = backend(source, args[2])
-		case "app":
-			err = application(source, args[2], args[3:])
-		}
+	err := errors.New("no such role")
+	switch args[0] {
+	case "backend":
+		err = backend(args[1], args[2])
+	case "app":
+		err = application(args[1], args[2], args[3:])
+	case "unmodified":
+		err = unmodified(args[1], args[2])
 	}
 	fmt.Fprintln(os.Stderr, args[0], "ended:", err)
 	return 1
 }
 
+// identities are those that an agent gives at a socket.
+func identities(socket string) (*workloadapi.X509Source, error) {
+	return workloadapi.NewX509Source(context.Background(), workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+socket)))
+}
+
 // backend is a model server that speaks to the gateways only.
-func backend(source *workloadapi.X509Source, address string) error {
+func backend(socket, address string) error {
+	source, err := identities(socket)
+	if err != nil {
+		return err
+	}
 	gateways := tlsconfig.AdaptMatcher(func(id spiffeid.ID) error {
 		if !strings.HasPrefix(id.Path(), "/gateway/") {
 			return fmt.Errorf("%s is no gateway", id)
@@ -68,7 +80,11 @@ func backend(source *workloadapi.X509Source, address string) error {
 }
 
 // application asks through each gateway in turn, for ever, and says what came of it.
-func application(source *workloadapi.X509Source, host string, gateways []string) error {
+func application(socket, host string, gateways []string) error {
+	source, err := identities(socket)
+	if err != nil {
+		return err
+	}
 	clients := map[string]*http.Client{}
 	for _, gateway := range gateways {
 		name, address, _ := strings.Cut(gateway, "=")
@@ -87,17 +103,41 @@ func application(source *workloadapi.X509Source, host string, gateways []string)
 			if svid, err := source.GetX509SVID(); err == nil {
 				a.Serial = svid.Certificates[0].SerialNumber.Text(16)
 			}
-			resp, err := client.Post("https://"+host+"/v1/chat/completions", "application/json", strings.NewReader(`{"model":"m"}`))
-			if err != nil {
-				a.Error = err.Error()
-			} else {
-				_, _ = io.Copy(io.Discard, resp.Body)
-				resp.Body.Close()
-				a.Status = resp.StatusCode
-			}
+			a.ask(client, "https://"+host)
 			if err := out.Encode(a); err != nil {
 				return err
 			}
+		}
+	}
+}
+
+// ask notes what comes of one request.
+func (a *answer) ask(client *http.Client, base string) {
+	resp, err := client.Post(base+"/v1/chat/completions", "application/json", strings.NewReader(`{"model":"m"}`))
+	if err != nil {
+		a.Error = err.Error()
+		return
+	}
+	defer resp.Body.Close()
+	a.Status = resp.StatusCode
+	if body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<10)); err != nil || a.Status != http.StatusOK {
+		a.Error = fmt.Sprintf("%s, %v", body, err)
+	}
+}
+
+// unmodified is an application that knows nothing of TLS: it asks an agent's --connect, for ever.
+func unmodified(socket, endpoint string) error {
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+	}}
+	out := json.NewEncoder(os.Stdout)
+	for tick := time.Tick(100 * time.Millisecond); ; <-tick {
+		a := answer{Gateway: connected, At: time.Now()}
+		a.ask(client, "http://localhost/"+endpoint)
+		if err := out.Encode(a); err != nil {
+			return err
 		}
 	}
 }

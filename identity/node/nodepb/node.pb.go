@@ -333,11 +333,14 @@ func (x *X509SVID) GetCertChain() [][]byte {
 
 // WatchRequest says what the agent knows already: it is not sent again.
 type WatchRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	EntriesDigest []byte                 `protobuf:"bytes,1,opt,name=entries_digest,json=entriesDigest,proto3" json:"entries_digest,omitempty"`
-	BundlesDigest []byte                 `protobuf:"bytes,2,opt,name=bundles_digest,json=bundlesDigest,proto3" json:"bundles_digest,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	EntriesDigest   []byte                 `protobuf:"bytes,1,opt,name=entries_digest,json=entriesDigest,proto3" json:"entries_digest,omitempty"`
+	BundlesDigest   []byte                 `protobuf:"bytes,2,opt,name=bundles_digest,json=bundlesDigest,proto3" json:"bundles_digest,omitempty"`
+	EndpointsDigest []byte                 `protobuf:"bytes,3,opt,name=endpoints_digest,json=endpointsDigest,proto3" json:"endpoints_digest,omitempty"`
+	// Endpoints are sent only to who wants them.
+	WantsEndpoints bool `protobuf:"varint,4,opt,name=wants_endpoints,json=wantsEndpoints,proto3" json:"wants_endpoints,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *WatchRequest) Reset() {
@@ -384,11 +387,26 @@ func (x *WatchRequest) GetBundlesDigest() []byte {
 	return nil
 }
 
+func (x *WatchRequest) GetEndpointsDigest() []byte {
+	if x != nil {
+		return x.EndpointsDigest
+	}
+	return nil
+}
+
+func (x *WatchRequest) GetWantsEndpoints() bool {
+	if x != nil {
+		return x.WantsEndpoints
+	}
+	return false
+}
+
 // WatchResponse has what is different from before, whole.
 type WatchResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Entries       *Entries               `protobuf:"bytes,1,opt,name=entries,proto3" json:"entries,omitempty"`
 	Bundles       *Bundles               `protobuf:"bytes,2,opt,name=bundles,proto3" json:"bundles,omitempty"`
+	Endpoints     *Endpoints             `protobuf:"bytes,3,opt,name=endpoints,proto3" json:"endpoints,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -433,6 +451,13 @@ func (x *WatchResponse) GetEntries() *Entries {
 func (x *WatchResponse) GetBundles() *Bundles {
 	if x != nil {
 		return x.Bundles
+	}
+	return nil
+}
+
+func (x *WatchResponse) GetEndpoints() *Endpoints {
+	if x != nil {
+		return x.Endpoints
 	}
 	return nil
 }
@@ -644,6 +669,121 @@ func (x *Entry) GetFederatesAll() bool {
 	return false
 }
 
+// Endpoints are those at which the agent's workloads may do something, and no others.
+type Endpoints struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        []byte                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Endpoints     []*Endpoint            `protobuf:"bytes,2,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Endpoints) Reset() {
+	*x = Endpoints{}
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Endpoints) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Endpoints) ProtoMessage() {}
+
+func (x *Endpoints) ProtoReflect() protoreflect.Message {
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Endpoints.ProtoReflect.Descriptor instead.
+func (*Endpoints) Descriptor() ([]byte, []int) {
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Endpoints) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+func (x *Endpoints) GetEndpoints() []*Endpoint {
+	if x != nil {
+		return x.Endpoints
+	}
+	return nil
+}
+
+type Endpoint struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What SNI and Host say.
+	Hostname string `protobuf:"bytes,2,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	// In the order in which the agent is to try them. None: nobody has said where those that there are can be reached.
+	Gateways      []*Endpoint_Gateway `protobuf:"bytes,3,rep,name=gateways,proto3" json:"gateways,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Endpoint) Reset() {
+	*x = Endpoint{}
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Endpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Endpoint) ProtoMessage() {}
+
+func (x *Endpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
+func (*Endpoint) Descriptor() ([]byte, []int) {
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Endpoint) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Endpoint) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *Endpoint) GetGateways() []*Endpoint_Gateway {
+	if x != nil {
+		return x.Gateways
+	}
+	return nil
+}
+
 type CertifyX509Request struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	EntryId       string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
@@ -654,7 +794,7 @@ type CertifyX509Request struct {
 
 func (x *CertifyX509Request) Reset() {
 	*x = CertifyX509Request{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[10]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -666,7 +806,7 @@ func (x *CertifyX509Request) String() string {
 func (*CertifyX509Request) ProtoMessage() {}
 
 func (x *CertifyX509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[10]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -679,7 +819,7 @@ func (x *CertifyX509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyX509Request.ProtoReflect.Descriptor instead.
 func (*CertifyX509Request) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{10}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CertifyX509Request) GetEntryId() string {
@@ -705,7 +845,7 @@ type CertifyX509Response struct {
 
 func (x *CertifyX509Response) Reset() {
 	*x = CertifyX509Response{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[11]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -717,7 +857,7 @@ func (x *CertifyX509Response) String() string {
 func (*CertifyX509Response) ProtoMessage() {}
 
 func (x *CertifyX509Response) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[11]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -730,7 +870,7 @@ func (x *CertifyX509Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyX509Response.ProtoReflect.Descriptor instead.
 func (*CertifyX509Response) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{11}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CertifyX509Response) GetCertChain() [][]byte {
@@ -750,7 +890,7 @@ type CertifyJWTRequest struct {
 
 func (x *CertifyJWTRequest) Reset() {
 	*x = CertifyJWTRequest{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[12]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -762,7 +902,7 @@ func (x *CertifyJWTRequest) String() string {
 func (*CertifyJWTRequest) ProtoMessage() {}
 
 func (x *CertifyJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[12]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -775,7 +915,7 @@ func (x *CertifyJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyJWTRequest.ProtoReflect.Descriptor instead.
 func (*CertifyJWTRequest) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{12}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CertifyJWTRequest) GetEntryId() string {
@@ -801,7 +941,7 @@ type CertifyJWTResponse struct {
 
 func (x *CertifyJWTResponse) Reset() {
 	*x = CertifyJWTResponse{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[13]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -813,7 +953,7 @@ func (x *CertifyJWTResponse) String() string {
 func (*CertifyJWTResponse) ProtoMessage() {}
 
 func (x *CertifyJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[13]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -826,7 +966,7 @@ func (x *CertifyJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyJWTResponse.ProtoReflect.Descriptor instead.
 func (*CertifyJWTResponse) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{13}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CertifyJWTResponse) GetToken() string {
@@ -851,7 +991,7 @@ type AttestAgentRequest_Params struct {
 
 func (x *AttestAgentRequest_Params) Reset() {
 	*x = AttestAgentRequest_Params{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[14]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +1003,7 @@ func (x *AttestAgentRequest_Params) String() string {
 func (*AttestAgentRequest_Params) ProtoMessage() {}
 
 func (x *AttestAgentRequest_Params) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[14]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -937,7 +1077,7 @@ type AttestAgentRequest_X509POP struct {
 
 func (x *AttestAgentRequest_X509POP) Reset() {
 	*x = AttestAgentRequest_X509POP{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[15]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -949,7 +1089,7 @@ func (x *AttestAgentRequest_X509POP) String() string {
 func (*AttestAgentRequest_X509POP) ProtoMessage() {}
 
 func (x *AttestAgentRequest_X509POP) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[15]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -984,7 +1124,7 @@ type AttestAgentRequest_ChallengeResponse struct {
 
 func (x *AttestAgentRequest_ChallengeResponse) Reset() {
 	*x = AttestAgentRequest_ChallengeResponse{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[16]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1136,7 @@ func (x *AttestAgentRequest_ChallengeResponse) String() string {
 func (*AttestAgentRequest_ChallengeResponse) ProtoMessage() {}
 
 func (x *AttestAgentRequest_ChallengeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[16]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1037,7 +1177,7 @@ type AttestAgentResponse_Result struct {
 
 func (x *AttestAgentResponse_Result) Reset() {
 	*x = AttestAgentResponse_Result{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[17]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1189,7 @@ func (x *AttestAgentResponse_Result) String() string {
 func (*AttestAgentResponse_Result) ProtoMessage() {}
 
 func (x *AttestAgentResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[17]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1089,7 +1229,7 @@ type Entry_Selector struct {
 
 func (x *Entry_Selector) Reset() {
 	*x = Entry_Selector{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[19]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +1241,7 @@ func (x *Entry_Selector) String() string {
 func (*Entry_Selector) ProtoMessage() {}
 
 func (x *Entry_Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[19]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1127,6 +1267,59 @@ func (x *Entry_Selector) GetType() string {
 func (x *Entry_Selector) GetValue() string {
 	if x != nil {
 		return x.Value
+	}
+	return ""
+}
+
+type Endpoint_Gateway struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// host:port
+	Address       string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Endpoint_Gateway) Reset() {
+	*x = Endpoint_Gateway{}
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Endpoint_Gateway) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Endpoint_Gateway) ProtoMessage() {}
+
+func (x *Endpoint_Gateway) ProtoReflect() protoreflect.Message {
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Endpoint_Gateway.ProtoReflect.Descriptor instead.
+func (*Endpoint_Gateway) Descriptor() ([]byte, []int) {
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{11, 0}
+}
+
+func (x *Endpoint_Gateway) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *Endpoint_Gateway) GetAddress() string {
+	if x != nil {
+		return x.Address
 	}
 	return ""
 }
@@ -1165,13 +1358,16 @@ const file_identity_node_nodepb_node_proto_rawDesc = "" +
 	"\bX509SVID\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x1d\n" +
 	"\n" +
-	"cert_chain\x18\x02 \x03(\fR\tcertChain\"\\\n" +
+	"cert_chain\x18\x02 \x03(\fR\tcertChain\"\xb0\x01\n" +
 	"\fWatchRequest\x12%\n" +
 	"\x0eentries_digest\x18\x01 \x01(\fR\rentriesDigest\x12%\n" +
-	"\x0ebundles_digest\x18\x02 \x01(\fR\rbundlesDigest\"{\n" +
+	"\x0ebundles_digest\x18\x02 \x01(\fR\rbundlesDigest\x12)\n" +
+	"\x10endpoints_digest\x18\x03 \x01(\fR\x0fendpointsDigest\x12'\n" +
+	"\x0fwants_endpoints\x18\x04 \x01(\bR\x0ewantsEndpoints\"\xb7\x01\n" +
 	"\rWatchResponse\x124\n" +
 	"\aentries\x18\x01 \x01(\v2\x1a.sallyport.node.v1.EntriesR\aentries\x124\n" +
-	"\abundles\x18\x02 \x01(\v2\x1a.sallyport.node.v1.BundlesR\abundles\"U\n" +
+	"\abundles\x18\x02 \x01(\v2\x1a.sallyport.node.v1.BundlesR\abundles\x12:\n" +
+	"\tendpoints\x18\x03 \x01(\v2\x1c.sallyport.node.v1.EndpointsR\tendpoints\"U\n" +
 	"\aEntries\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\fR\x06digest\x122\n" +
 	"\aentries\x18\x02 \x03(\v2\x18.sallyport.node.v1.EntryR\aentries\"\xba\x01\n" +
@@ -1192,7 +1388,17 @@ const file_identity_node_nodepb_node_proto_rawDesc = "" +
 	"\rfederates_all\x18\a \x01(\bR\ffederatesAll\x1a4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\"A\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"^\n" +
+	"\tEndpoints\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\fR\x06digest\x129\n" +
+	"\tendpoints\x18\x02 \x03(\v2\x1b.sallyport.node.v1.EndpointR\tendpoints\"\xbd\x01\n" +
+	"\bEndpoint\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bhostname\x18\x02 \x01(\tR\bhostname\x12?\n" +
+	"\bgateways\x18\x03 \x03(\v2#.sallyport.node.v1.Endpoint.GatewayR\bgateways\x1a@\n" +
+	"\aGateway\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"A\n" +
 	"\x12CertifyX509Request\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\"4\n" +
@@ -1225,7 +1431,7 @@ func file_identity_node_nodepb_node_proto_rawDescGZIP() []byte {
 	return file_identity_node_nodepb_node_proto_rawDescData
 }
 
-var file_identity_node_nodepb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_identity_node_nodepb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_identity_node_nodepb_node_proto_goTypes = []any{
 	(*AttestAgentRequest)(nil),                   // 0: sallyport.node.v1.AttestAgentRequest
 	(*AttestAgentResponse)(nil),                  // 1: sallyport.node.v1.AttestAgentResponse
@@ -1237,44 +1443,50 @@ var file_identity_node_nodepb_node_proto_goTypes = []any{
 	(*Entries)(nil),                              // 7: sallyport.node.v1.Entries
 	(*Bundles)(nil),                              // 8: sallyport.node.v1.Bundles
 	(*Entry)(nil),                                // 9: sallyport.node.v1.Entry
-	(*CertifyX509Request)(nil),                   // 10: sallyport.node.v1.CertifyX509Request
-	(*CertifyX509Response)(nil),                  // 11: sallyport.node.v1.CertifyX509Response
-	(*CertifyJWTRequest)(nil),                    // 12: sallyport.node.v1.CertifyJWTRequest
-	(*CertifyJWTResponse)(nil),                   // 13: sallyport.node.v1.CertifyJWTResponse
-	(*AttestAgentRequest_Params)(nil),            // 14: sallyport.node.v1.AttestAgentRequest.Params
-	(*AttestAgentRequest_X509POP)(nil),           // 15: sallyport.node.v1.AttestAgentRequest.X509POP
-	(*AttestAgentRequest_ChallengeResponse)(nil), // 16: sallyport.node.v1.AttestAgentRequest.ChallengeResponse
-	(*AttestAgentResponse_Result)(nil),           // 17: sallyport.node.v1.AttestAgentResponse.Result
-	nil,                                          // 18: sallyport.node.v1.Bundles.FederatedEntry
-	(*Entry_Selector)(nil),                       // 19: sallyport.node.v1.Entry.Selector
+	(*Endpoints)(nil),                            // 10: sallyport.node.v1.Endpoints
+	(*Endpoint)(nil),                             // 11: sallyport.node.v1.Endpoint
+	(*CertifyX509Request)(nil),                   // 12: sallyport.node.v1.CertifyX509Request
+	(*CertifyX509Response)(nil),                  // 13: sallyport.node.v1.CertifyX509Response
+	(*CertifyJWTRequest)(nil),                    // 14: sallyport.node.v1.CertifyJWTRequest
+	(*CertifyJWTResponse)(nil),                   // 15: sallyport.node.v1.CertifyJWTResponse
+	(*AttestAgentRequest_Params)(nil),            // 16: sallyport.node.v1.AttestAgentRequest.Params
+	(*AttestAgentRequest_X509POP)(nil),           // 17: sallyport.node.v1.AttestAgentRequest.X509POP
+	(*AttestAgentRequest_ChallengeResponse)(nil), // 18: sallyport.node.v1.AttestAgentRequest.ChallengeResponse
+	(*AttestAgentResponse_Result)(nil),           // 19: sallyport.node.v1.AttestAgentResponse.Result
+	nil,                                          // 20: sallyport.node.v1.Bundles.FederatedEntry
+	(*Entry_Selector)(nil),                       // 21: sallyport.node.v1.Entry.Selector
+	(*Endpoint_Gateway)(nil),                     // 22: sallyport.node.v1.Endpoint.Gateway
 }
 var file_identity_node_nodepb_node_proto_depIdxs = []int32{
-	14, // 0: sallyport.node.v1.AttestAgentRequest.params:type_name -> sallyport.node.v1.AttestAgentRequest.Params
-	16, // 1: sallyport.node.v1.AttestAgentRequest.challenge_response:type_name -> sallyport.node.v1.AttestAgentRequest.ChallengeResponse
-	17, // 2: sallyport.node.v1.AttestAgentResponse.result:type_name -> sallyport.node.v1.AttestAgentResponse.Result
+	16, // 0: sallyport.node.v1.AttestAgentRequest.params:type_name -> sallyport.node.v1.AttestAgentRequest.Params
+	18, // 1: sallyport.node.v1.AttestAgentRequest.challenge_response:type_name -> sallyport.node.v1.AttestAgentRequest.ChallengeResponse
+	19, // 2: sallyport.node.v1.AttestAgentResponse.result:type_name -> sallyport.node.v1.AttestAgentResponse.Result
 	4,  // 3: sallyport.node.v1.RenewAgentResponse.svid:type_name -> sallyport.node.v1.X509SVID
 	7,  // 4: sallyport.node.v1.WatchResponse.entries:type_name -> sallyport.node.v1.Entries
 	8,  // 5: sallyport.node.v1.WatchResponse.bundles:type_name -> sallyport.node.v1.Bundles
-	9,  // 6: sallyport.node.v1.Entries.entries:type_name -> sallyport.node.v1.Entry
-	18, // 7: sallyport.node.v1.Bundles.federated:type_name -> sallyport.node.v1.Bundles.FederatedEntry
-	19, // 8: sallyport.node.v1.Entry.selectors:type_name -> sallyport.node.v1.Entry.Selector
-	15, // 9: sallyport.node.v1.AttestAgentRequest.Params.x509pop:type_name -> sallyport.node.v1.AttestAgentRequest.X509POP
-	4,  // 10: sallyport.node.v1.AttestAgentResponse.Result.svid:type_name -> sallyport.node.v1.X509SVID
-	0,  // 11: sallyport.node.v1.Node.AttestAgent:input_type -> sallyport.node.v1.AttestAgentRequest
-	2,  // 12: sallyport.node.v1.Node.RenewAgent:input_type -> sallyport.node.v1.RenewAgentRequest
-	5,  // 13: sallyport.node.v1.Node.Watch:input_type -> sallyport.node.v1.WatchRequest
-	10, // 14: sallyport.node.v1.Node.CertifyX509:input_type -> sallyport.node.v1.CertifyX509Request
-	12, // 15: sallyport.node.v1.Node.CertifyJWT:input_type -> sallyport.node.v1.CertifyJWTRequest
-	1,  // 16: sallyport.node.v1.Node.AttestAgent:output_type -> sallyport.node.v1.AttestAgentResponse
-	3,  // 17: sallyport.node.v1.Node.RenewAgent:output_type -> sallyport.node.v1.RenewAgentResponse
-	6,  // 18: sallyport.node.v1.Node.Watch:output_type -> sallyport.node.v1.WatchResponse
-	11, // 19: sallyport.node.v1.Node.CertifyX509:output_type -> sallyport.node.v1.CertifyX509Response
-	13, // 20: sallyport.node.v1.Node.CertifyJWT:output_type -> sallyport.node.v1.CertifyJWTResponse
-	16, // [16:21] is the sub-list for method output_type
-	11, // [11:16] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	10, // 6: sallyport.node.v1.WatchResponse.endpoints:type_name -> sallyport.node.v1.Endpoints
+	9,  // 7: sallyport.node.v1.Entries.entries:type_name -> sallyport.node.v1.Entry
+	20, // 8: sallyport.node.v1.Bundles.federated:type_name -> sallyport.node.v1.Bundles.FederatedEntry
+	21, // 9: sallyport.node.v1.Entry.selectors:type_name -> sallyport.node.v1.Entry.Selector
+	11, // 10: sallyport.node.v1.Endpoints.endpoints:type_name -> sallyport.node.v1.Endpoint
+	22, // 11: sallyport.node.v1.Endpoint.gateways:type_name -> sallyport.node.v1.Endpoint.Gateway
+	17, // 12: sallyport.node.v1.AttestAgentRequest.Params.x509pop:type_name -> sallyport.node.v1.AttestAgentRequest.X509POP
+	4,  // 13: sallyport.node.v1.AttestAgentResponse.Result.svid:type_name -> sallyport.node.v1.X509SVID
+	0,  // 14: sallyport.node.v1.Node.AttestAgent:input_type -> sallyport.node.v1.AttestAgentRequest
+	2,  // 15: sallyport.node.v1.Node.RenewAgent:input_type -> sallyport.node.v1.RenewAgentRequest
+	5,  // 16: sallyport.node.v1.Node.Watch:input_type -> sallyport.node.v1.WatchRequest
+	12, // 17: sallyport.node.v1.Node.CertifyX509:input_type -> sallyport.node.v1.CertifyX509Request
+	14, // 18: sallyport.node.v1.Node.CertifyJWT:input_type -> sallyport.node.v1.CertifyJWTRequest
+	1,  // 19: sallyport.node.v1.Node.AttestAgent:output_type -> sallyport.node.v1.AttestAgentResponse
+	3,  // 20: sallyport.node.v1.Node.RenewAgent:output_type -> sallyport.node.v1.RenewAgentResponse
+	6,  // 21: sallyport.node.v1.Node.Watch:output_type -> sallyport.node.v1.WatchResponse
+	13, // 22: sallyport.node.v1.Node.CertifyX509:output_type -> sallyport.node.v1.CertifyX509Response
+	15, // 23: sallyport.node.v1.Node.CertifyJWT:output_type -> sallyport.node.v1.CertifyJWTResponse
+	19, // [19:24] is the sub-list for method output_type
+	14, // [14:19] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_identity_node_nodepb_node_proto_init() }
@@ -1290,7 +1502,7 @@ func file_identity_node_nodepb_node_proto_init() {
 		(*AttestAgentResponse_Challenge)(nil),
 		(*AttestAgentResponse_Result_)(nil),
 	}
-	file_identity_node_nodepb_node_proto_msgTypes[14].OneofWrappers = []any{
+	file_identity_node_nodepb_node_proto_msgTypes[16].OneofWrappers = []any{
 		(*AttestAgentRequest_Params_JoinToken)(nil),
 		(*AttestAgentRequest_Params_X509Pop)(nil),
 	}
@@ -1300,7 +1512,7 @@ func file_identity_node_nodepb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_identity_node_nodepb_node_proto_rawDesc), len(file_identity_node_nodepb_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
