@@ -237,10 +237,10 @@ func caDistrustCommand() *cobra.Command {
 as ` + "`sallyport ca show`" + ` has it. What signs now is refused: ` + "`sallyport ca rotate --now`" + ` first. A thief of the state folder has
 what is prepared too: distrust that before, and another is made.
 
-Workloads, agents and gateways are told at once, and accept from then on nothing that it signed. Those whose SVIDs it
-signed are refused until they have new ones, and an agent that has not been renewed since the rotation must be attested
-again. They all have new ones after half of --svid-ttl: who can wait for that after rotating has no break. Connections
-that are open end as they would.
+Workloads, agents and gateways are told at once, and accept from then on nothing that it signed; those who hold such an
+SVID are sent another with it. Wait before that until connected agents have renewed their own, a few seconds after the
+rotation: ` + "`sallyport agents`" + ` shows the root of each. An agent that has not must be attested again, and one that was away
+all the time since before the rotation must be begun anew. Connections that are open end as they would.
 
 Below an upstream authority its root can be distrusted, once another signs, and stays so whatever that authority says.
 What stands below a root cannot be: it is trusted as long as the root is.`,

@@ -12,6 +12,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -39,6 +40,10 @@ var ErrRevoked = errors.New("the control plane has revoked this agent")
 
 // errEnded says that the agent's SVID is no longer one.
 var errEnded = errors.New("the agent's SVID has ended")
+
+// errDistrusted says that nobody believes the agent's SVID any longer.
+var errDistrusted = errors.New("the authority of the agent's SVID is trusted no more: " +
+	"without a machine's certificate the agent must be started with a new join token")
 
 // maxCalls is how many keys are being certified at a time; further ones wait.
 const maxCalls = 16
@@ -189,6 +194,9 @@ func (a *Agent) session(ctx context.Context, i Issuer, retiring *sync.WaitGroup)
 	}
 	a.use(l, retiring)
 	a.note(func(s *Status) { s.ID, s.Expires = svid.ID, end(svid) })
+	early, hurry := context.WithCancel(ctx)
+	defer hurry()
+	l.hurry = hurry
 	watched := make(chan error, 1)
 	group.Go(func() { watched <- a.watch(ctx, l, i) })
 	type renewal struct {
@@ -197,7 +205,7 @@ func (a *Agent) session(ctx context.Context, i Issuer, retiring *sync.WaitGroup)
 	}
 	renewed := make(chan renewal, 1)
 	group.Go(func() {
-		next, err := a.renew(ctx, l, svid)
+		next, err := a.renew(ctx, early, l)
 		renewed <- renewal{next, err}
 	})
 	select {
@@ -212,12 +220,16 @@ func (a *Agent) session(ctx context.Context, i Issuer, retiring *sync.WaitGroup)
 	}
 }
 
-// renew returns the SVID after this one, which is on the disk then.
-func (a *Agent) renew(ctx context.Context, l *link, svid *x509svid.SVID) (*x509svid.SVID, error) {
+// renew returns the SVID after the link's, which is on the disk then. It does so when it is time or early has ended.
+func (a *Agent) renew(ctx, early context.Context, l *link) (*x509svid.SVID, error) {
+	svid := l.svid
 	leaf := svid.Certificates[0]
 	at := identity.RenewAt(leaf)
-	if err := sleep(ctx, time.Until(at)-chance(leaf.NotAfter.Sub(at)/10)); err != nil {
-		return nil, err
+	if sleep(early, time.Until(at)-chance(leaf.NotAfter.Sub(at)/10)) != nil {
+		// Not all agents in one moment, and none of them again and again.
+		if err := sleep(ctx, firstWait+chance(firstWait)); err != nil {
+			return nil, err
+		}
 	}
 	wait := newBackoff()
 	for {
@@ -230,7 +242,7 @@ func (a *Agent) renew(ctx context.Context, l *link, svid *x509svid.SVID) (*x509s
 			return nil, ctx.Err()
 		case left <= 0:
 			return nil, errEnded
-		case a.refused(err):
+		case a.refused(l, err):
 			return nil, err
 		}
 		a.failed("agent not renewed", err)
@@ -247,11 +259,15 @@ func (a *Agent) watch(ctx context.Context, l *link, i Issuer) error {
 	for {
 		err := a.follow(ctx, l, i, func() { wait = newBackoff() })
 		a.note(func(s *Status) { s.Connected = false })
-		switch {
-		case ctx.Err() != nil:
+		if ctx.Err() != nil {
 			return ctx.Err()
-		case a.refused(err):
+		}
+		a.heed(err, i)
+		if a.refused(l, err) {
 			return err
+		}
+		if status.Code(err) == codes.Unauthenticated && !a.believes(l.svid) {
+			err = fmt.Errorf("%w: %w", errDistrusted, err)
 		}
 		a.failed("control plane not reached", err)
 		if err := sleep(ctx, wait.next()); err != nil {
@@ -282,13 +298,45 @@ func (a *Agent) follow(ctx context.Context, l *link, i Issuer, alive func()) err
 		if err := a.learn(resp, i); err != nil {
 			return fmt.Errorf("read what the control plane sent: %w", err)
 		}
+		if resp.Renew {
+			l.hurry()
+		}
 	}
 }
 
-// refused reports whether the control plane does not take the agent's SVID, so that another one is needed.
-func (a *Agent) refused(err error) bool {
-	// A machine that can be attested again is, whatever is wrong with its SVID; one that can't waits until its SVID ends.
-	return nodepb.Reason(err) != "" || status.Code(err) == codes.Unauthenticated && a.config.X509POP != nil
+// heed takes over whom to trust from a control plane that does not believe the agent: its workloads must know, whether or
+// not it can be attested again.
+func (a *Agent) heed(refusal error, i Issuer) {
+	own, before := nodepb.Trusted(refusal), a.known.message.GetBundles()
+	if own == nil || bytes.Equal(own, before.GetOwn()) {
+		return
+	}
+	// Without a digest: who is believed again is sent all of them.
+	news := &nodepb.WatchResponse{Bundles: &nodepb.Bundles{Own: own, Federated: before.GetFederated()}}
+	if err := a.learn(news, i); err != nil {
+		a.failed("what the control plane sent cannot be read", err)
+	}
+}
+
+// refused reports whether the control plane does not take the link's SVID, so that another one is needed.
+func (a *Agent) refused(l *link, err error) bool {
+	switch {
+	case nodepb.Reason(err) != "":
+		return true
+	case status.Code(err) != codes.Unauthenticated:
+		return false
+	case a.config.X509POP != nil: // whatever is wrong
+		return true
+	}
+	// A token may have been used: it is tried only where nothing else can help. Without one, the agent waits until its SVID
+	// ends, and says whom to trust.
+	return a.token != "" && !a.believes(l.svid)
+}
+
+// believes reports whether an SVID stands below an authority that is trusted.
+func (a *Agent) believes(svid *x509svid.SVID) bool {
+	_, err := identity.Verify(svid.Certificates, a.own.Load().X509Bundle(), time.Now())
+	return err == nil
 }
 
 func (a *Agent) failed(what string, err error) {

@@ -24,6 +24,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -89,7 +90,9 @@ type plane struct {
 	*node.Server
 	t         *testing.T
 	authority *identity.Authority
-	bundle    *spiffebundle.Bundle
+	bundle    *spiffebundle.Bundle // that it began with
+	trusted   atomic.Pointer[spiffebundle.Bundle]
+	local     *issuer.Local
 	config    node.Config
 	log       lines
 
@@ -107,6 +110,8 @@ func startPlane(t *testing.T, inMemory bool, edit func(*node.Config)) *plane {
 	local := &issuer.Local{}
 	p := &plane{t: t, authority: a, bundle: spiffebundle.FromX509Bundle(a.Bundle()), log: newLines(), inMemory: inMemory}
 	local.Set(identity.Authorities{X509: a, Bundle: p.bundle})
+	p.local = local
+	p.trusted.Store(p.bundle)
 	p.config = node.Config{TrustDomain: td, Certifier: certifier{local}, Dir: t.TempDir(), Log: p.log.logger()}
 	if edit != nil {
 		edit(&p.config)
@@ -120,7 +125,7 @@ func startPlane(t *testing.T, inMemory bool, edit func(*node.Config)) *plane {
 
 // certificate is what the control plane shows, renewed when it is asked for.
 func (p *plane) certificate(e issuer.Entry) func() (*tls.Certificate, error) {
-	self := &issuer.Self{Signer: p.config.Certifier, Entry: e, Bundle: func() *spiffebundle.Bundle { return p.bundle }, Log: p.log.logger()}
+	self := &issuer.Self{Signer: p.config.Certifier, Entry: e, Bundle: p.trusted.Load, Log: p.log.logger()}
 	var mu sync.Mutex
 	return func() (*tls.Certificate, error) {
 		mu.Lock()
@@ -130,6 +135,19 @@ func (p *plane) certificate(e issuer.Entry) func() (*tls.Certificate, error) {
 	}
 }
 
+// signs has an authority sign from now on, and these be trusted.
+func (p *plane) signs(a *identity.Authority, trusted ...*identity.Authority) {
+	p.t.Helper()
+	var roots []*x509.Certificate
+	for _, one := range trusted {
+		roots = append(roots, one.Root())
+	}
+	bundle := spiffebundle.FromX509Authorities(td, roots)
+	p.trusted.Store(bundle)
+	p.SetBundles(issuer.Bundles{Own: bundle})
+	p.local.Set(identity.Authorities{X509: a, Bundle: bundle})
+}
+
 // start opens the server anew, as after a restart.
 func (p *plane) start() {
 	p.t.Helper()
@@ -137,7 +155,7 @@ func (p *plane) start() {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	s.SetBundles(issuer.Bundles{Own: p.bundle})
+	s.SetBundles(issuer.Bundles{Own: p.trusted.Load()})
 	p.Server = s
 	p.back()
 }
@@ -298,7 +316,7 @@ func (m *machine) svids() (*issuer.Wallet, issuer.View, error) {
 	if err != nil {
 		return nil, view, err
 	}
-	_, err = w.Renew(context.Background(), m.Issuer, view.Entries)
+	_, err = w.Renew(context.Background(), m.Issuer, view.Entries, nil)
 	return &w, view, err
 }
 
@@ -338,7 +356,7 @@ func (p *plane) svid(path string) *x509svid.SVID {
 	p.t.Helper()
 	var w issuer.Wallet
 	e := issuer.Entry{ID: spiffeid.RequireFromPath(td, path), TTL: time.Hour}
-	if _, err := w.Renew(p.t.Context(), p.config.Certifier, []issuer.Entry{e}); err != nil {
+	if _, err := w.Renew(p.t.Context(), p.config.Certifier, []issuer.Entry{e}, nil); err != nil {
 		p.t.Fatal(err)
 	}
 	return w.SVIDs()[0]
@@ -497,7 +515,7 @@ func TestWhoIsNoAgent(t *testing.T) {
 	var w issuer.Wallet
 	local := &issuer.Local{}
 	local.Set(identity.Authorities{X509: stranger})
-	if _, err := w.Renew(t.Context(), local, []issuer.Entry{{ID: spiffeid.RequireFromPath(td, "/agent/one"), TTL: time.Hour}}); err != nil {
+	if _, err := w.Renew(t.Context(), local, []issuer.Entry{{ID: spiffeid.RequireFromPath(td, "/agent/one"), TTL: time.Hour}}, nil); err != nil {
 		t.Fatal(err)
 	}
 	for name, c := range map[string]struct {
@@ -1217,7 +1235,7 @@ func TestAwayForAnHour(t *testing.T) {
 		for begun := time.Now(); time.Since(begun) < time.Hour; {
 			select {
 			case <-w.Due():
-				if _, err := w.Renew(t.Context(), m.Issuer, view.Entries); err != nil {
+				if _, err := w.Renew(t.Context(), m.Issuer, view.Entries, nil); err != nil {
 					t.Fatal(err)
 				}
 			case <-time.After(10 * time.Minute):
@@ -1232,7 +1250,7 @@ func TestAwayForAnHour(t *testing.T) {
 			t.Errorf("not connected: %+v", m.Status())
 		}
 		<-w.Due()
-		if changed, err := w.Renew(t.Context(), m.Issuer, view.Entries); err != nil || !changed {
+		if changed, err := w.Renew(t.Context(), m.Issuer, view.Entries, nil); err != nil || !changed {
 			t.Errorf("not renewed: %t, %v", changed, err)
 		}
 		p.Set([]node.Assignment{assign(short, "one")}, nil)
@@ -1242,7 +1260,7 @@ func TestAwayForAnHour(t *testing.T) {
 		}
 		p.away()
 		time.Sleep(time.Until(w.SVIDs()[0].Certificates[0].NotAfter))
-		if _, err := w.Renew(t.Context(), m.Issuer, view.Entries); status.Code(err) != codes.Unavailable {
+		if _, err := w.Renew(t.Context(), m.Issuer, view.Entries, nil); status.Code(err) != codes.Unavailable {
 			t.Errorf("held longer than it is valid: %v", err)
 		}
 		m.end()

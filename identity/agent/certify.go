@@ -33,6 +33,8 @@ const (
 type link struct {
 	conn   *grpc.ClientConn
 	client nodepb.NodeClient
+	svid   *x509svid.SVID // nil: none
+	hurry  func()         // has the SVID renewed before its time
 	calls  sync.WaitGroup // in which the link is not closed
 }
 
@@ -52,7 +54,7 @@ func (a *Agent) connect(svid *x509svid.SVID) (*link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to control plane: %w", err)
 	}
-	return &link{conn: conn, client: nodepb.NewNodeClient(conn)}, nil
+	return &link{conn: conn, client: nodepb.NewNodeClient(conn), svid: svid, hurry: func() {}}, nil
 }
 
 // tlsConfig accepts the trust domain's control plane and nobody else.

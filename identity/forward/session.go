@@ -179,7 +179,7 @@ func (s *session) renew(ctx context.Context, wallet *issuer.Wallet, bundles *iss
 	if err != nil {
 		return issuer.View{}, err
 	}
-	changed, err := wallet.Renew(ctx, s.server.Source, view.Entries[:1])
+	changed, err := wallet.Renew(ctx, s.server.Source, view.Entries[:1], view.Bundles.Own)
 	if err != nil {
 		return issuer.View{Changed: view.Changed}, err
 	}

@@ -205,7 +205,7 @@ func TestWallet(t *testing.T) {
 		}
 		renew := func(want bool, entries ...issuer.Entry) []string {
 			t.Helper()
-			changed, err := w.Renew(t.Context(), i, entries)
+			changed, err := w.Renew(t.Context(), i, entries, nil)
 			if err != nil || changed != want {
 				t.Fatalf("changed %t, %v", changed, err)
 			}
@@ -248,7 +248,7 @@ func TestWallet(t *testing.T) {
 		}
 
 		stranger := entry("stranger", unix("uid:1"))
-		if changed, err := w.Renew(t.Context(), i, []issuer.Entry{a, stranger}); err == nil || changed {
+		if changed, err := w.Renew(t.Context(), i, []issuer.Entry{a, stranger}, nil); err == nil || changed {
 			t.Errorf("got an SVID without an entry: %t, %v", changed, err)
 		}
 		if got := serials(&w); !slices.Equal(got, third) {

@@ -23,16 +23,39 @@ type Local struct {
 	// name none. It is set before the first call, and not changed.
 	Issuer string
 
-	authorities atomic.Pointer[identity.Authorities]
+	signs atomic.Pointer[signing] // ask load
+}
+
+// signing is what signs. It is immutable, but for changed, which is closed when it no longer is.
+type signing struct {
+	identity.Authorities
+	changed chan struct{}
+}
+
+func (l *Local) load() *signing {
+	if l.signs.Load() == nil {
+		l.signs.CompareAndSwap(nil, &signing{changed: make(chan struct{})})
+	}
+	return l.signs.Load()
 }
 
 // Set puts authorities in the place of those before.
-func (l *Local) Set(a identity.Authorities) { l.authorities.Store(&a) }
+func (l *Local) Set(a identity.Authorities) {
+	l.load()
+	close(l.signs.Swap(&signing{a, make(chan struct{})}).changed)
+}
+
+// X509Authority returns what signs X.509-SVIDs now, nil if nothing does, and a channel that is closed when that may be
+// another.
+func (l *Local) X509Authority() (a *identity.Authority, changed <-chan struct{}) {
+	s := l.load()
+	return s.X509, s.changed
+}
 
 // CertifyX509 is a Certifier's.
 func (l *Local) CertifyX509(_ context.Context, e Entry, k Key) ([]*x509.Certificate, error) {
-	a := l.authorities.Load()
-	if a == nil || a.X509 == nil {
+	a := l.load()
+	if a.X509 == nil {
 		return nil, status.Error(codes.Unavailable, "issue SVID: no authority yet")
 	}
 	if k.Public() == nil {
@@ -52,8 +75,8 @@ func (l *Local) CertifyX509(_ context.Context, e Entry, k Key) ([]*x509.Certific
 
 // CertifyJWT is a Certifier's.
 func (l *Local) CertifyJWT(_ context.Context, e Entry, audience []string) (string, error) {
-	a := l.authorities.Load()
-	if a == nil || a.JWT == nil {
+	a := l.load()
+	if a.JWT == nil {
 		return "", status.Error(codes.Unavailable, "issue JWT-SVID: no key yet")
 	}
 	if err := identity.CheckAudience(audience); err != nil {

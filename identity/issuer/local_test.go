@@ -60,6 +60,26 @@ func TestLocalCertifiesNothingUntilSet(t *testing.T) {
 	}
 }
 
+// Whoever waits for another authority is told of it, also if there was none.
+func TestLocalSaysWhatSigns(t *testing.T) {
+	var l issuer.Local
+	for range 3 {
+		_, changed := l.X509Authority()
+		next := identitytest.Authorities(t, "example.org")
+		l.Set(next)
+		<-changed
+		now, changed := l.X509Authority()
+		if now != next.X509 {
+			t.Errorf("another one signs: %v", now)
+		}
+		select {
+		case <-changed:
+			t.Error("changed before it did")
+		default:
+		}
+	}
+}
+
 // Of a request it believes the key, and nothing else.
 func TestLocalCertifiesX509(t *testing.T) {
 	a := identitytest.Authorities(t, "example.org")

@@ -10,8 +10,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-
-	"sallyport.dev/identity"
 )
 
 // retrySelf is how soon it is tried again to get the control plane's own identity.
@@ -32,12 +30,7 @@ type Self struct {
 // Renew gets an SVID if there is none, if it is time, or if nobody trusts any longer whoever signed the last. It returns
 // when to come again.
 func (s *Self) Renew(ctx context.Context) (due <-chan time.Time) {
-	if svid, own := s.svid.Load(), s.Bundle(); svid != nil && own != nil {
-		if _, err := identity.Verify(svid.Certificates, own.X509Bundle(), time.Now()); err != nil {
-			s.wallet = Wallet{}
-		}
-	}
-	changed, err := s.wallet.Renew(ctx, s.Signer, []Entry{s.Entry})
+	changed, err := s.wallet.Renew(ctx, s.Signer, []Entry{s.Entry}, s.Bundle())
 	if err != nil {
 		if ctx.Err() == nil {
 			s.Log.Error("no identity for the control plane", "error", err)

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -38,6 +39,7 @@ type Wallet struct {
 type held struct {
 	entry Entry
 	svid  *x509svid.SVID
+	own   *spiffebundle.Bundle // in force when the SVID was made or last looked at
 	// While whoever signs cannot be reached, what should have been replaced is held on to until it ends.
 	retryAt time.Time     // when to ask again; zero: it is not overdue
 	wait    time.Duration // how long was waited last
@@ -66,18 +68,29 @@ func spread(d time.Duration) time.Duration {
 	return d - time.Duration(mathrand.Int64N(int64(max(d/4, 1)))) //nolint:gosec // nobody gains by guessing it
 }
 
+// isTrusted reports whether the trust domain's members still accept the SVID. It verifies once for each bundle. Of what is
+// fresh that is not asked: whoever signed it may know a bundle already that is told to the caller next.
+func (h held) isTrusted(own *spiffebundle.Bundle, now time.Time) bool {
+	if own == nil || own == h.own {
+		return true
+	}
+	_, err := identity.Verify(h.svid.Certificates, own.X509Bundle(), now)
+	return err == nil
+}
+
 // Renew makes the wallet hold one SVID for each entry, in their order, and no other. Those before half their life
-// whose entry is the same are kept; for the others it makes a new key and has it certified. While whoever signs cannot
-// be reached (the gRPC status Unavailable and its like), an SVID of the same ID that is still valid is kept too, and
-// Due says when to try again. It reports whether anything is different now. On an error, everything is as before.
-func (w *Wallet) Renew(ctx context.Context, s Signer, entries []Entry) (changed bool, err error) {
+// whose entry is the same, and whose authority the bundle of their own trust domain still has, are kept; for the others it
+// makes a new key and has it certified. While whoever signs cannot be reached (the gRPC status Unavailable and its like),
+// an SVID of the same ID that has not ended is kept too, and Due says when to try again. Without a bundle (nil), no
+// authority is asked for. It reports whether anything is different now. On an error, everything is as before.
+func (w *Wallet) Renew(ctx context.Context, s Signer, entries []Entry, own *spiffebundle.Bundle) (changed bool, err error) {
 	now := time.Now()
 	next := make([]held, len(entries))
 	changed = len(entries) != len(w.held)
 	var away error // whoever signs: the others are not made to wait for it too
 	for i, e := range entries {
 		h, ok := w.find(func(h held) bool { return h.entry.equal(e) && now.Before(h.due()) && now.Before(h.end()) })
-		if !ok {
+		if !ok || !h.isTrusted(own, now) {
 			svid, err := (*x509svid.SVID)(nil), away
 			if err == nil {
 				svid, err = newSVID(ctx, s, e)
@@ -92,6 +105,7 @@ func (w *Wallet) Renew(ctx context.Context, s Signer, entries []Entry) (changed 
 				return false, err
 			}
 		}
+		h.own = own
 		next[i] = h
 		changed = changed || w.held[i].svid != h.svid
 	}

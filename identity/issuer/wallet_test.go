@@ -8,9 +8,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"sallyport.dev/identity"
+	"sallyport.dev/identity/internal/identitytest"
 	"sallyport.dev/identity/issuer"
 )
 
@@ -37,7 +40,7 @@ func TestWalletHoldsWhileSignerIsAway(t *testing.T) {
 			signer := &distant{Issuer: newIssuer(t, nil)}
 			signer.Set([]issuer.Entry{a, b})
 			var w issuer.Wallet
-			if _, err := w.Renew(t.Context(), signer, []issuer.Entry{a, b}); err != nil {
+			if _, err := w.Renew(t.Context(), signer, []issuer.Entry{a, b}, nil); err != nil {
 				t.Fatal(err)
 			}
 			first, end := serials(&w), w.SVIDs()[0].Certificates[0].NotAfter
@@ -46,7 +49,7 @@ func TestWalletHoldsWhileSignerIsAway(t *testing.T) {
 			rounds := 0
 			for {
 				<-w.Due()
-				changed, err := w.Renew(t.Context(), signer, []issuer.Entry{a, b})
+				changed, err := w.Renew(t.Context(), signer, []issuer.Entry{a, b}, nil)
 				if err != nil {
 					break
 				}
@@ -76,7 +79,7 @@ func TestWalletRecovers(t *testing.T) {
 		var w issuer.Wallet
 		renew := func(want bool) {
 			t.Helper()
-			if changed, err := w.Renew(t.Context(), signer, []issuer.Entry{a}); err != nil || changed != want {
+			if changed, err := w.Renew(t.Context(), signer, []issuer.Entry{a}, nil); err != nil || changed != want {
 				t.Fatalf("changed %t, %v", changed, err)
 			}
 		}
@@ -115,20 +118,74 @@ func TestWalletDoesNotOverrule(t *testing.T) {
 		} {
 			var w issuer.Wallet
 			signer.err = nil
-			if _, err := w.Renew(t.Context(), signer, []issuer.Entry{a}); err != nil {
+			if _, err := w.Renew(t.Context(), signer, []issuer.Entry{a}, nil); err != nil {
 				t.Fatal(err)
 			}
 			<-w.Due()
 			signer.err = refusal
-			if _, err := w.Renew(t.Context(), signer, []issuer.Entry{a}); !errors.Is(err, refusal) {
+			if _, err := w.Renew(t.Context(), signer, []issuer.Entry{a}, nil); !errors.Is(err, refusal) {
 				t.Errorf("%v became %v", refusal, err)
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
 			signer.err = status.Error(codes.Unavailable, "away")
-			if _, err := w.Renew(ctx, signer, []issuer.Entry{a}); err == nil {
+			if _, err := w.Renew(ctx, signer, []issuer.Entry{a}, nil); err == nil {
 				t.Error("renewed for nobody")
 			}
+		}
+	})
+}
+
+// When the authority leaves the bundle, what it signed is replaced at once and once, however young it is.
+func TestWalletDistrust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first, second := identitytest.Authority(t), identitytest.Authority(t)
+		bundle := func(of ...*identity.Authority) *spiffebundle.Bundle {
+			b := spiffebundle.New(first.TrustDomain())
+			for _, a := range of {
+				b.AddX509Authority(a.Root())
+			}
+			return b
+		}
+		a := entry("a", unix("uid:1"))
+		a.TTL = time.Hour
+		var local issuer.Local
+		local.Set(identity.Authorities{X509: first})
+		signer := &distant{Issuer: issuer.New(issuer.Config{Certifier: &local})}
+		signer.Set([]issuer.Entry{a})
+		var w issuer.Wallet
+		renew := func(own *spiffebundle.Bundle, want bool) {
+			t.Helper()
+			if changed, err := w.Renew(t.Context(), signer, []issuer.Entry{a}, own); err != nil || changed != want {
+				t.Fatalf("changed %t, %v", changed, err)
+			}
+		}
+		renew(bundle(second), true) // whoever signs may be ahead of the bundle, or behind: what is fresh is taken
+		renew(bundle(first), false)
+		local.Set(identity.Authorities{X509: second})
+		renew(bundle(first, second), false)
+
+		after := bundle(second)
+		signer.err = status.Error(codes.Unavailable, "away")
+		renew(after, false) // held on to, and tried again soon
+		asked := signer.asked
+		renew(after, false)
+		if signer.asked != asked {
+			t.Error("asked again at once")
+		}
+		if begun := time.Now(); (<-w.Due()).Sub(begun) > time.Second {
+			t.Errorf("tried again after %s", time.Since(begun))
+		}
+		signer.err = nil
+		renew(after, true)
+		renew(after, false)
+		renew(bundle(second, first), false)
+		renew(nil, false)
+		if _, err := identity.Verify(w.SVIDs()[0].Certificates, after.X509Bundle(), time.Now()); err != nil {
+			t.Error(err)
+		}
+		if begun := time.Now(); (<-w.Due()).Sub(begun) < 25*time.Minute {
+			t.Errorf("due after %s", time.Since(begun))
 		}
 	})
 }

@@ -2,7 +2,9 @@ package node
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -40,12 +42,15 @@ type watches struct {
 }
 
 // agent is what is kept of one. Of its X.509-SVIDs one is good at a time, so that whoever copied an older one, or a
-// machine that a new one took the place of, is noticed.
+// machine that a new one took the place of, is noticed. It is known by its digest: who has a CA's key can give a forged one
+// every serial number, but not the key that the agent has.
 type agent struct {
 	ID       spiffeid.ID `json:"id"`
 	Attested string      `json:"attested,omitempty"`
-	Serial   string      `json:"serial,omitempty"` // of the SVID that is good
-	Next     string      `json:"next,omitempty"`   // of the one after: Serial's place is its once it has been used
+	SVID     string      `json:"serial,omitempty"` // the SHA-256 of the one that is good; earlier versions kept the serial number
+	Root     string      `json:"root,omitempty"`   // the SHA-256 of the root above it
+	Next     string      `json:"next,omitempty"`   // the same of the one after: SVID's place is its once it has been used
+	NextRoot string      `json:"nextRoot,omitempty"`
 	Expires  time.Time   `json:"expires,omitzero"`
 	LastSeen time.Time   `json:"lastSeen,omitzero"`
 	Revoked  time.Time   `json:"revoked,omitzero"`
@@ -96,7 +101,7 @@ func (a *agents) admissible(id spiffeid.ID) error {
 }
 
 // admit notes that an agent was attested and has an SVID: no other is good from then on.
-func (a *agents) admit(id spiffeid.ID, how string, svid *x509.Certificate, now time.Time) error {
+func (a *agents) admit(id spiffeid.ID, how string, svid signed, now time.Time) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	before, known := a.byID[id]
@@ -115,18 +120,24 @@ func (a *agents) admit(id spiffeid.ID, how string, svid *x509.Certificate, now t
 	}
 	a.seen[id] = now
 	defer a.wake(id)
-	return a.keep(agent{ID: id, Attested: how, Serial: svid.SerialNumber.Text(16), Expires: svid.NotAfter})
+	return a.keep(agent{ID: id, Attested: how, SVID: digestOf(svid.chain[0]), Root: svid.root, Expires: svid.chain[0].NotAfter})
+}
+
+// digestOf names a certificate.
+func digestOf(c *x509.Certificate) string {
+	sum := sha256.Sum256(c.Raw)
+	return hex.EncodeToString(sum[:])
 }
 
 // renew notes that an agent has a further SVID.
-func (a *agents) renew(id spiffeid.ID, svid *x509.Certificate) error {
+func (a *agents) renew(id spiffeid.ID, svid signed) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	one, known := a.byID[id]
 	if !known || !one.Revoked.IsZero() {
 		return nodepb.Refuse(nodepb.AgentRevoked, "the agent is revoked")
 	}
-	one.Next, one.Expires = svid.SerialNumber.Text(16), svid.NotAfter
+	one.Next, one.NextRoot, one.Expires = digestOf(svid.chain[0]), svid.root, svid.chain[0].NotAfter
 	return a.keep(one)
 }
 
@@ -135,14 +146,15 @@ func (a *agents) authorize(id spiffeid.ID, svid *x509.Certificate, now time.Time
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	one, known := a.byID[id]
-	switch serial := svid.SerialNumber.Text(16); {
+	is := func(kept string) bool { return kept == digestOf(svid) || kept == svid.SerialNumber.Text(16) }
+	switch {
 	case !known:
 		return nodepb.Refuse(nodepb.MustReattest, "the agent is not known")
 	case !one.Revoked.IsZero():
 		return nodepb.Refuse(nodepb.AgentRevoked, "the agent is revoked")
-	case serial == one.Serial:
-	case serial == one.Next:
-		one.Serial, one.Next = one.Next, ""
+	case is(one.SVID):
+	case is(one.Next):
+		one.SVID, one.Root, one.Next, one.NextRoot = one.Next, one.NextRoot, "", ""
 		if err := a.keep(one); err != nil {
 			return err
 		}
@@ -218,7 +230,7 @@ func (a *agents) list(now time.Time) []AgentInfo {
 		if a.watches[id].n > 0 && one.Revoked.IsZero() {
 			seen = now
 		}
-		list = append(list, AgentInfo{id, one.Attested, seen, one.Expires, !one.Revoked.IsZero()})
+		list = append(list, AgentInfo{id, one.Attested, seen, one.Expires, one.Root, !one.Revoked.IsZero()})
 	}
 	slices.SortFunc(list, func(x, y AgentInfo) int { return cmp.Compare(x.ID.String(), y.ID.String()) })
 	return list

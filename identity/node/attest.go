@@ -6,9 +6,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
@@ -19,6 +17,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"sallyport.dev/identity"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/node/nodepb"
 )
@@ -139,8 +138,7 @@ func (s *Server) attestX509POP(stream attestStream, data *nodepb.AttestAgentRequ
 	if err != nil {
 		return status.Errorf(codes.PermissionDenied, "x509pop: %v", err)
 	}
-	fingerprint := sha256.Sum256(leaf.Raw)
-	id, err := nodepb.Agent(s.config.TrustDomain, byX509POP, hex.EncodeToString(fingerprint[:]))
+	id, err := nodepb.Agent(s.config.TrustDomain, byX509POP, digestOf(leaf))
 	if err != nil {
 		return status.Errorf(codes.Internal, "x509pop: %v", err)
 	}
@@ -256,23 +254,43 @@ func (s *Server) admit(ctx context.Context, id spiffeid.ID, how string, csr []by
 	if err := s.agents.admissible(id); err != nil {
 		return nil, err
 	}
-	chain, err := s.certifyAgent(ctx, id, csr)
+	svid, err := s.certifyAgent(ctx, id, csr)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.agents.admit(id, how, chain[0], time.Now()); err != nil {
+	if err := s.agents.admit(id, how, svid, time.Now()); err != nil {
 		return nil, err
 	}
 	s.config.Log.Info("agent attested", "agent", id.String(), "by", how)
-	return chain, nil
+	return svid.chain, nil
 }
 
-func (s *Server) certifyAgent(ctx context.Context, id spiffeid.ID, csr []byte) ([]*x509.Certificate, error) {
+// signed is an agent's SVID that was just made.
+type signed struct {
+	chain []*x509.Certificate
+	root  string // what it stands below; "": not known
+}
+
+func (s *Server) certifyAgent(ctx context.Context, id spiffeid.ID, csr []byte) (signed, error) {
 	key, err := issuer.RequestedKey(csr)
 	if err != nil {
-		return nil, err
+		return signed{}, err
 	}
-	return s.config.Certifier.CertifyX509(ctx, issuer.Entry{ID: id, TTL: s.config.TTL}, key)
+	chain, err := s.config.Certifier.CertifyX509(ctx, issuer.Entry{ID: id, TTL: s.config.TTL}, key)
+	if err != nil {
+		return signed{}, err
+	}
+	svid := signed{chain: chain}
+	if a, _ := s.config.Certifier.X509Authority(); a != nil && below(chain, a, time.Now()) { // no other has signed meanwhile
+		svid.root = digestOf(a.Root())
+	}
+	return svid, nil
+}
+
+// below reports whether an SVID stands below the same root as an authority.
+func below(chain []*x509.Certificate, a *identity.Authority, now time.Time) bool {
+	_, err := identity.Verify(chain, a.Bundle(), now)
+	return err == nil
 }
 
 func svidMessage(chain []*x509.Certificate) *nodepb.X509SVID {

@@ -30,6 +30,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 
+	"sallyport.dev/identity"
 	"sallyport.dev/identity/issuer"
 	"sallyport.dev/identity/node/nodepb"
 	"sallyport.dev/segment"
@@ -45,7 +46,7 @@ const (
 // Config is what a server is made of.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
-	Certifier   issuer.Certifier
+	Certifier   Certifier
 	// Dir keeps what must outlast the process: join tokens (as hashes) and agents. It is made with mode 0700 where there
 	// is none, and must be one process's at a time.
 	Dir string
@@ -57,6 +58,14 @@ type Config struct {
 	// TTL is the lifetime of the X.509-SVIDs of agents; an hour if it is zero.
 	TTL time.Duration
 	Log *slog.Logger
+}
+
+// Certifier signs for the server, and says what it signs with: an *issuer.Local.
+type Certifier interface {
+	issuer.Certifier
+	// X509Authority returns what signs X.509-SVIDs now, nil if nothing does, and a channel that is closed when that may be
+	// another.
+	X509Authority() (a *identity.Authority, changed <-chan struct{})
 }
 
 // Assignment is an entry and the agents on whose machines it holds.
@@ -185,7 +194,10 @@ type AgentInfo struct {
 	Attested string    // how: "join_token" or "x509pop"; empty if it never was
 	LastSeen time.Time // now, while it is connected
 	Expires  time.Time // the end of its X.509-SVID
-	Revoked  bool
+	// Root is what the SVID that it uses stands below: the SHA-256 of that certificate, in hexadecimal; "" if that is not
+	// known. Once it is distrusted, the agent must be attested again.
+	Root    string
+	Revoked bool
 }
 
 // Agents lists the agents that were attested or revoked, by their IDs.

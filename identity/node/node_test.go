@@ -191,8 +191,9 @@ func TestOneOfManyWins(t *testing.T) {
 	}
 }
 
-func svid(serial int64, end time.Time) *x509.Certificate {
-	return &x509.Certificate{SerialNumber: big.NewInt(serial), NotAfter: end}
+func svid(serial int64, end time.Time) signed {
+	c := &x509.Certificate{Raw: fmt.Append(nil, serial), SerialNumber: big.NewInt(serial), NotAfter: end}
+	return signed{chain: []*x509.Certificate{c}}
 }
 
 // unwritable makes a folder into which nothing can be written any more, also by root.
@@ -219,10 +220,10 @@ func TestDiskFails(t *testing.T) {
 	if err := s.agents.admit(id, byJoinToken, svid(2, time.Now().Add(time.Hour)), time.Now()); status.Code(err) != codes.Unavailable {
 		t.Errorf("admitted: %v", err)
 	}
-	if err := s.agents.authorize(id, svid(2, time.Time{}), time.Now()); err == nil {
+	if err := s.agents.authorize(id, svid(2, time.Time{}).chain[0], time.Now()); err == nil {
 		t.Error("what was not kept is good")
 	}
-	if err := s.agents.authorize(id, svid(1, time.Time{}), time.Now()); err != nil {
+	if err := s.agents.authorize(id, svid(1, time.Time{}).chain[0], time.Now()); err != nil {
 		t.Error(err)
 	}
 	if err := s.agents.renew(id, svid(3, time.Now())); status.Code(err) != codes.Unavailable {
@@ -241,8 +242,40 @@ func TestDiskFails(t *testing.T) {
 	if err := s.Revoke(id); err == nil {
 		t.Error("nobody is told that a restart will revive it")
 	}
-	if err := s.agents.authorize(id, svid(1, time.Time{}), time.Now()); nodepb.Reason(err) != nodepb.AgentRevoked {
+	if err := s.agents.authorize(id, svid(1, time.Time{}).chain[0], time.Now()); nodepb.Reason(err) != nodepb.AgentRevoked {
 		t.Errorf("revoked: %v", err)
+	}
+}
+
+// Whoever has the CA's key knows how to give a certificate any serial number. What an earlier version kept is one, and good
+// until the agent uses its next SVID.
+func TestForgedSerial(t *testing.T) {
+	s := open(t, t.TempDir())
+	id, now := spiffeid.RequireFromPath(td, "/agent/one"), time.Now()
+	forged := svid(1, now.Add(time.Hour)).chain[0]
+	forged.Raw = []byte("another key")
+	if err := s.agents.admit(id, byJoinToken, svid(1, now.Add(time.Hour)), now); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.agents.authorize(id, forged, now); nodepb.Reason(err) != nodepb.MustReattest {
+		t.Errorf("forged: %v", err)
+	}
+	one := s.agents.byID[id]
+	one.SVID = "1"
+	s.agents.byID[id] = one
+	if err := s.agents.authorize(id, svid(1, now).chain[0], now); err != nil {
+		t.Error(err)
+	}
+	if err := s.agents.renew(id, svid(2, now.Add(time.Hour))); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.agents.authorize(id, svid(2, now).chain[0], now); err != nil {
+		t.Error(err)
+	}
+	for name, c := range map[string]*x509.Certificate{"the one before": svid(1, now).chain[0], "forged": forged} {
+		if err := s.agents.authorize(id, c, now); nodepb.Reason(err) != nodepb.MustReattest {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -24,8 +24,9 @@ const (
 )
 
 // authorize returns which agent a call comes from, and its SVID. It asks anew at each call, whatever the connection
-// was good for when it began.
-func (s *Server) authorize(ctx context.Context) (spiffeid.ID, *x509.Certificate, error) {
+// was good for when it began. An SVID below an authority that is trusted no more proves nothing, since whoever stole its key
+// can make any; its holder is told whom to trust, as everybody may be.
+func (s *Server) authorize(ctx context.Context) (spiffeid.ID, []*x509.Certificate, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return spiffeid.ID{}, nil, status.Error(codes.Unauthenticated, errNoAgent.Error())
@@ -34,20 +35,20 @@ func (s *Server) authorize(ctx context.Context) (spiffeid.ID, *x509.Certificate,
 	if !ok || len(info.State.PeerCertificates) == 0 {
 		return spiffeid.ID{}, nil, status.Error(codes.Unauthenticated, errNoAgent.Error())
 	}
-	own := s.state.Load().source.Own
-	if own == nil {
+	st := s.state.Load()
+	if st.source.Own == nil {
 		return spiffeid.ID{}, nil, status.Error(codes.Unavailable, "no bundle yet")
 	}
 	now := time.Now()
-	id, err := identity.Verify(info.State.PeerCertificates, own.X509Bundle(), now)
+	svid := info.State.PeerCertificates
+	id, err := identity.Verify(svid, st.source.Own.X509Bundle(), now)
 	if err != nil {
-		return spiffeid.ID{}, nil, status.Error(codes.Unauthenticated, err.Error())
+		return spiffeid.ID{}, nil, nodepb.Disbelieve(err.Error(), st.bundles.own.document)
 	}
 	if !id.MemberOf(s.config.TrustDomain) || !nodepb.IsAgent(id) {
 		return spiffeid.ID{}, nil, status.Errorf(codes.PermissionDenied, "%s is not an agent", id)
 	}
-	svid := info.State.PeerCertificates[0]
-	return id, svid, s.agents.authorize(id, svid, now)
+	return id, svid, s.agents.authorize(id, svid[0], now)
 }
 
 // RenewAgent is nodepb's. The SVID before stays good until the new one is used: it may not have arrived.
@@ -59,14 +60,14 @@ func (s *Server) RenewAgent(ctx context.Context, req *nodepb.RenewAgentRequest) 
 	if err := checkRequest(req.Csr); err != nil {
 		return nil, err
 	}
-	chain, err := s.certifyAgent(ctx, id, req.Csr)
+	next, err := s.certifyAgent(ctx, id, req.Csr)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.agents.renew(id, chain[0]); err != nil {
+	if err := s.agents.renew(id, next); err != nil {
 		return nil, err
 	}
-	return &nodepb.RenewAgentResponse{Svid: svidMessage(chain)}, nil
+	return &nodepb.RenewAgentResponse{Svid: svidMessage(next.chain)}, nil
 }
 
 // Watch is nodepb's.
@@ -86,17 +87,22 @@ func (s *Server) Watch(req *nodepb.WatchRequest, stream grpc.ServerStreamingServ
 		return err
 	}
 	entries, bundles, endpoints := req.EntriesDigest, req.BundlesDigest, req.EndpointsDigest
-	expired := time.NewTimer(time.Until(svid.NotAfter))
+	var asked *identity.Authority // below which the SVID was asked to stand last
+	expired := time.NewTimer(time.Until(svid[0].NotAfter))
 	defer expired.Stop()
 	for {
-		// Before the agent is looked at: whatever changes from here on closes one of the two.
+		// Before the agent is looked at: whatever changes from here on closes one of the three.
 		st, changed := s.state.Load(), s.agents.changed(id)
+		signer, signs := s.config.Certifier.X509Authority()
 		if _, _, err := s.authorize(ctx); err != nil {
 			return err
 		}
+		var resp nodepb.WatchResponse
+		if signer != asked {
+			asked, resp.Renew = signer, signer != nil && !below(svid, signer, time.Now())
+		}
 		// A control plane that has just begun, and knows nothing yet, must not be understood as having nothing.
 		if st.assigned != nil && st.source.Own != nil {
-			var resp nodepb.WatchResponse
 			a := st.of(id)
 			if !bytes.Equal(a.message.Digest, entries) {
 				entries, resp.Entries = a.message.Digest, a.message
@@ -107,10 +113,10 @@ func (s *Server) Watch(req *nodepb.WatchRequest, stream grpc.ServerStreamingServ
 			if req.WantsEndpoints && !bytes.Equal(a.endpoints.Digest, endpoints) {
 				endpoints, resp.Endpoints = a.endpoints.Digest, a.endpoints
 			}
-			if resp.Entries != nil || resp.Bundles != nil || resp.Endpoints != nil {
-				if err := stream.Send(&resp); err != nil {
-					return err
-				}
+		}
+		if resp.Entries != nil || resp.Bundles != nil || resp.Endpoints != nil || resp.Renew {
+			if err := stream.Send(&resp); err != nil {
+				return err
 			}
 		}
 		select {
@@ -118,6 +124,7 @@ func (s *Server) Watch(req *nodepb.WatchRequest, stream grpc.ServerStreamingServ
 			return status.FromContextError(ctx.Err()).Err()
 		case <-st.changed:
 		case <-changed:
+		case <-signs:
 		case <-expired.C:
 			return status.Error(codes.Unauthenticated, "the agent's SVID has ended")
 		}

@@ -89,7 +89,7 @@ func (c *caller) secrets(ctx context.Context, names []string) ([]secret, error) 
 	if err != nil {
 		return nil, err
 	}
-	if _, err := c.wallet.Renew(ctx, c.issuer, entries); err != nil {
+	if _, err := c.wallet.Renew(ctx, c.issuer, entries, c.view.Bundles.Own); err != nil {
 		return nil, err
 	}
 	secrets := make([]secret, len(names))

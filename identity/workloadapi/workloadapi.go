@@ -45,8 +45,9 @@ type server struct {
 }
 
 // FetchX509SVID sends the caller's SVIDs and the bundles that it verifies others with: at once, when its entries or
-// these bundles change, and when an SVID is half through its life (Workload API, 4.3, 4.6 and 5.2.1). It ends with
-// PermissionDenied when the caller is no longer entitled to any.
+// these bundles change, and when an SVID is half through its life (Workload API, 4.3, 4.6 and 5.2.1). What stands below an
+// authority that leaves the bundle comes anew together with that bundle. It ends with PermissionDenied when the caller is no
+// longer entitled to any.
 func (s *server) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
 	ctx := stream.Context()
 	if err := checkHeader(ctx); err != nil {
@@ -59,7 +60,7 @@ func (s *server) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerSt
 		if err != nil {
 			return err
 		}
-		changed, err := wallet.Renew(ctx, s.issuer, view.Entries)
+		changed, err := wallet.Renew(ctx, s.issuer, view.Entries, view.Bundles.Own)
 		if err != nil {
 			return err
 		}

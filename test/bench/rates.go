@@ -92,7 +92,7 @@ func (b *bench) measureRates(ctx context.Context, s *subject) ([]*Rate, error) {
 		}},
 		{"SVIDs with new keys", func() error {
 			var w issuer.Wallet
-			_, err := w.Renew(ctx, local, []issuer.Entry{entry})
+			_, err := w.Renew(ctx, local, []issuer.Entry{entry}, nil)
 			return err
 		}},
 		{"SVIDs with new keys, over the Workload API", func() error {

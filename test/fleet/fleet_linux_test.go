@@ -283,50 +283,79 @@ func grant(name, workload string) string {
 	return document("Grant", name, fmt.Sprintf("from: [{workload: %s}], to: [{endpoint: chat, operations: [Infer], resources: [m]}]", workload))
 }
 
-// TestFleet goes through the life of a fleet: it comes up over a slow network that loses packets, obeys changes, goes on
-// without a control plane, catches up, and loses who is no longer wanted.
-func TestFleet(t *testing.T) {
+// newFleet makes machines with these names, and documents of an endpoint "chat" whose backend is on "store".
+func newFleet(t *testing.T, hosts ...string) *fleet {
+	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "sp") // short: paths of sockets have 107 bytes
 	if err != nil {
 		t.Fatal(err)
 	}
 	f := &fleet{T: t, dir: dir, lab: netlab.New(t), hosts: map[string]*netlab.Host{}, docs: filepath.Join(dir, "docs")}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	for _, name := range []string{"plane", "gw1", "gw2", "app1", "app2", "store"} {
+	for _, name := range hosts {
 		f.hosts[name] = f.lab.Host(name)
 	}
-	// Wide-area links to the control plane.
-	f.hosts["plane"].Cable(netlab.Link{Delay: 30 * time.Millisecond, Jitter: 10 * time.Millisecond, Loss: 0.03})
 	if err := os.Mkdir(f.docs, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	f.write("chat.yaml", f.endpoint("chat"))
+	return f
+}
+
+func (f *fleet) endpoint(name string) string {
+	return document("Endpoint", name, fmt.Sprintf("hostnames: [%s.internal], protocol: OpenAI, backends: [{name: store, addresses: ['%s:8443'], tls: {mode: Mutual, spiffeID: 'spiffe://example.org/store'}}]", name, f.hosts["store"].Addr))
+}
+
+func (f *fleet) edge(name, host, more string) string {
+	return document("Gateway", name, fmt.Sprintf("listen: '%s:8443', node: %s, selectors: ['unix:uid:%d', 'unix:path:%s']%s", f.hosts[host].Addr, host, os.Getuid(), envoy, more))
+}
+
+// workload is this test program on a machine.
+func (f *fleet) workload(name, host string) string {
+	f.Helper()
 	self, err := os.Executable()
 	if err != nil {
-		t.Fatal(err)
+		f.Fatal(err)
 	}
-	f.write("endpoints.yaml", document("Endpoint", "chat", fmt.Sprintf("hostnames: [chat.internal], protocol: OpenAI, backends: [{name: store, addresses: ['%s:8443'], tls: {mode: Mutual, spiffeID: 'spiffe://example.org/store'}}]", f.hosts["store"].Addr))+
-		document("Endpoint", "other", fmt.Sprintf("hostnames: [other.internal], protocol: OpenAI, backends: [{name: store, addresses: ['%s:8443'], tls: {mode: Mutual, spiffeID: 'spiffe://example.org/store'}}]", f.hosts["store"].Addr)))
-	edge := func(name, host, endpoints string) string {
-		return document("Gateway", name, fmt.Sprintf("listen: '%s:8443', node: %s, selectors: ['unix:uid:%d', 'unix:path:%s']%s", f.hosts[host].Addr, host, os.Getuid(), envoy, endpoints))
-	}
-	f.write("edge1.yaml", edge("edge1", "gw1", ""))
-	f.write("edge2.yaml", edge("edge2", "gw2", ", endpoints: [chat]"))
-	for workload, host := range map[string]string{"app-1": "app1", "app-2": "app2", "store": "store"} {
-		f.write(workload+".yaml", document("Workload", workload, fmt.Sprintf("spiffeID: 'spiffe://example.org/%s', selectors: ['unix:uid:%d', 'unix:path:%s'], nodes: [%s]", workload, os.Getuid(), self, host)))
-	}
-	f.write("grant.yaml", grant("one", "app-1"))
+	return document("Workload", name, fmt.Sprintf("spiffeID: 'spiffe://example.org/%s', selectors: ['unix:uid:%d', 'unix:path:%s'], nodes: [%s]", name, os.Getuid(), self, host))
+}
 
+// controlPlane starts the control plane, and writes whom to believe.
+func (f *fleet) controlPlane(ttl time.Duration) {
+	f.Helper()
 	plane := f.start("plane", program, "controlplane", "-f", f.docs, "--state", f.path("plane"), "--svid-ttl", ttl.String(), "--otlp-listen=")
 	f.eventually("control plane", func() bool { return plane.said("msg=ready") })
 	f.bundle()
+}
+
+func (f *fleet) gateway(name, host string) {
+	f.Helper()
+	f.start(host, program, "gateway", "--name", name, "--control-plane", f.hosts["plane"].Addr.String()+":9444",
+		"--identity", "unix://"+f.socket(host), "--state", f.path(name), "--envoy", envoy, "--envoy-threads", "1")
+}
+
+// TestFleet goes through the life of a fleet: it comes up over a slow network that loses packets, obeys changes, goes on
+// without a control plane, catches up, and loses who is no longer wanted.
+func TestFleet(t *testing.T) {
+	f := newFleet(t, "plane", "gw1", "gw2", "app1", "app2", "store")
+	// Wide-area links to the control plane.
+	f.hosts["plane"].Cable(netlab.Link{Delay: 30 * time.Millisecond, Jitter: 10 * time.Millisecond, Loss: 0.03})
+	f.write("other.yaml", f.endpoint("other"))
+	f.write("edge1.yaml", f.edge("edge1", "gw1", ""))
+	f.write("edge2.yaml", f.edge("edge2", "gw2", ", endpoints: [chat]"))
+	for workload, host := range map[string]string{"app-1": "app1", "app-2": "app2", "store": "store"} {
+		f.write(workload+".yaml", f.workload(workload, host))
+	}
+	f.write("grant.yaml", grant("one", "app-1"))
+
+	f.controlPlane(ttl)
 	agents := map[string]*running{}
 	for _, host := range []string{"gw1", "gw2", "app1", "app2", "store"} {
 		agents[host] = f.agent(host)
 	}
 	f.role("store", 0, "backend", f.socket("store"), f.hosts["store"].Addr.String()+":8443")
 	for name, host := range map[string]string{"edge1": "gw1", "edge2": "gw2"} {
-		f.start(host, program, "gateway", "--name", name, "--control-plane", f.hosts["plane"].Addr.String()+":9444",
-			"--identity", "unix://"+f.socket(host), "--state", f.path(name), "--envoy", envoy, "--envoy-threads", "1")
+		f.gateway(name, host)
 	}
 	f.eventually("both gateways in force", func() bool { return slices.Equal(f.inForce(), []string{"edge1", "edge2"}) })
 

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
@@ -40,8 +41,8 @@ func play(role string) int {
 	switch args[0] {
 	case "backend":
 		err = backend(args[1], args[2])
-	case "app":
-		err = application(args[1], args[2], args[3:])
+	case "app", "thief":
+		err = application(args[0] == "thief", args[1], args[2], args[3:])
 	case "unmodified":
 		err = unmodified(args[1], args[2])
 	}
@@ -79,18 +80,26 @@ func backend(socket, address string) error {
 	return server.ListenAndServeTLS("", "")
 }
 
-// application asks through each gateway in turn, for ever, and says what came of it.
-func application(socket, host string, gateways []string) error {
+// application asks through each gateway in turn, for ever, and says what came of it. A thief keeps the first SVID and makes
+// a connection for each request.
+func application(thief bool, socket, host string, gateways []string) error {
 	source, err := identities(socket)
 	if err != nil {
 		return err
 	}
+	shows := x509svid.Source(source)
+	if thief {
+		if shows, err = source.GetX509SVID(); err != nil {
+			return err
+		}
+	}
 	clients := map[string]*http.Client{}
 	for _, gateway := range gateways {
 		name, address, _ := strings.Cut(gateway, "=")
-		config := tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(spiffeid.RequireFromString("spiffe://example.org/gateway/"+name)))
+		config := tlsconfig.MTLSClientConfig(shows, source, tlsconfig.AuthorizeID(spiffeid.RequireFromString("spiffe://example.org/gateway/"+name)))
 		config.ServerName = host
 		clients[name] = &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+			DisableKeepAlives: thief,
 			DialTLSContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 				return (&tls.Dialer{Config: config}).DialContext(ctx, network, address)
 			},
@@ -100,7 +109,7 @@ func application(socket, host string, gateways []string) error {
 	for tick := time.Tick(100 * time.Millisecond); ; <-tick {
 		for name, client := range clients {
 			a := answer{Gateway: name, At: time.Now()}
-			if svid, err := source.GetX509SVID(); err == nil {
+			if svid, err := shows.GetX509SVID(); err == nil {
 				a.Serial = svid.Certificates[0].SerialNumber.Text(16)
 			}
 			a.ask(client, "https://"+host)

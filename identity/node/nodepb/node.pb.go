@@ -403,10 +403,12 @@ func (x *WatchRequest) GetWantsEndpoints() bool {
 
 // WatchResponse has what is different from before, whole.
 type WatchResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Entries       *Entries               `protobuf:"bytes,1,opt,name=entries,proto3" json:"entries,omitempty"`
-	Bundles       *Bundles               `protobuf:"bytes,2,opt,name=bundles,proto3" json:"bundles,omitempty"`
-	Endpoints     *Endpoints             `protobuf:"bytes,3,opt,name=endpoints,proto3" json:"endpoints,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Entries   *Entries               `protobuf:"bytes,1,opt,name=entries,proto3" json:"entries,omitempty"`
+	Bundles   *Bundles               `protobuf:"bytes,2,opt,name=bundles,proto3" json:"bundles,omitempty"`
+	Endpoints *Endpoints             `protobuf:"bytes,3,opt,name=endpoints,proto3" json:"endpoints,omitempty"`
+	// The agent is to renew its SVID now, whatever its age: something else signs, and what signed it may soon be nobody's.
+	Renew         bool `protobuf:"varint,4,opt,name=renew,proto3" json:"renew,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -462,6 +464,60 @@ func (x *WatchResponse) GetEndpoints() *Endpoints {
 	return nil
 }
 
+func (x *WatchResponse) GetRenew() bool {
+	if x != nil {
+		return x.Renew
+	}
+	return false
+}
+
+// Refusal stands in the status Unauthenticated, for a caller whose SVID is not believed. It says nothing but what is public.
+// An agent whose SVID was good once learns whom to trust now, in place of the authority that signed it.
+type Refusal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The trust domain's bundle, in the format of SPIFFE Trust Domain and Bundle.
+	Bundle        []byte `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Refusal) Reset() {
+	*x = Refusal{}
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Refusal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Refusal) ProtoMessage() {}
+
+func (x *Refusal) ProtoReflect() protoreflect.Message {
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
+func (*Refusal) Descriptor() ([]byte, []int) {
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Refusal) GetBundle() []byte {
+	if x != nil {
+		return x.Bundle
+	}
+	return nil
+}
+
 type Entries struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        []byte                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -472,7 +528,7 @@ type Entries struct {
 
 func (x *Entries) Reset() {
 	*x = Entries{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[7]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -484,7 +540,7 @@ func (x *Entries) String() string {
 func (*Entries) ProtoMessage() {}
 
 func (x *Entries) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[7]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -497,7 +553,7 @@ func (x *Entries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entries.ProtoReflect.Descriptor instead.
 func (*Entries) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{7}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Entries) GetDigest() []byte {
@@ -527,7 +583,7 @@ type Bundles struct {
 
 func (x *Bundles) Reset() {
 	*x = Bundles{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[8]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -539,7 +595,7 @@ func (x *Bundles) String() string {
 func (*Bundles) ProtoMessage() {}
 
 func (x *Bundles) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[8]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -552,7 +608,7 @@ func (x *Bundles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundles.ProtoReflect.Descriptor instead.
 func (*Bundles) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{8}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Bundles) GetDigest() []byte {
@@ -592,7 +648,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[9]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -604,7 +660,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[9]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -617,7 +673,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{9}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Entry) GetId() string {
@@ -680,7 +736,7 @@ type Endpoints struct {
 
 func (x *Endpoints) Reset() {
 	*x = Endpoints{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[10]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -692,7 +748,7 @@ func (x *Endpoints) String() string {
 func (*Endpoints) ProtoMessage() {}
 
 func (x *Endpoints) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[10]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -705,7 +761,7 @@ func (x *Endpoints) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoints.ProtoReflect.Descriptor instead.
 func (*Endpoints) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{10}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Endpoints) GetDigest() []byte {
@@ -735,7 +791,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[11]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -747,7 +803,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[11]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -760,7 +816,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{11}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Endpoint) GetName() string {
@@ -794,7 +850,7 @@ type CertifyX509Request struct {
 
 func (x *CertifyX509Request) Reset() {
 	*x = CertifyX509Request{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[12]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -806,7 +862,7 @@ func (x *CertifyX509Request) String() string {
 func (*CertifyX509Request) ProtoMessage() {}
 
 func (x *CertifyX509Request) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[12]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -819,7 +875,7 @@ func (x *CertifyX509Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyX509Request.ProtoReflect.Descriptor instead.
 func (*CertifyX509Request) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{12}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CertifyX509Request) GetEntryId() string {
@@ -845,7 +901,7 @@ type CertifyX509Response struct {
 
 func (x *CertifyX509Response) Reset() {
 	*x = CertifyX509Response{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[13]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +913,7 @@ func (x *CertifyX509Response) String() string {
 func (*CertifyX509Response) ProtoMessage() {}
 
 func (x *CertifyX509Response) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[13]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +926,7 @@ func (x *CertifyX509Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyX509Response.ProtoReflect.Descriptor instead.
 func (*CertifyX509Response) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{13}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CertifyX509Response) GetCertChain() [][]byte {
@@ -890,7 +946,7 @@ type CertifyJWTRequest struct {
 
 func (x *CertifyJWTRequest) Reset() {
 	*x = CertifyJWTRequest{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[14]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -902,7 +958,7 @@ func (x *CertifyJWTRequest) String() string {
 func (*CertifyJWTRequest) ProtoMessage() {}
 
 func (x *CertifyJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[14]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -915,7 +971,7 @@ func (x *CertifyJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyJWTRequest.ProtoReflect.Descriptor instead.
 func (*CertifyJWTRequest) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{14}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CertifyJWTRequest) GetEntryId() string {
@@ -941,7 +997,7 @@ type CertifyJWTResponse struct {
 
 func (x *CertifyJWTResponse) Reset() {
 	*x = CertifyJWTResponse{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[15]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1009,7 @@ func (x *CertifyJWTResponse) String() string {
 func (*CertifyJWTResponse) ProtoMessage() {}
 
 func (x *CertifyJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[15]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1022,7 @@ func (x *CertifyJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertifyJWTResponse.ProtoReflect.Descriptor instead.
 func (*CertifyJWTResponse) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{15}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CertifyJWTResponse) GetToken() string {
@@ -991,7 +1047,7 @@ type AttestAgentRequest_Params struct {
 
 func (x *AttestAgentRequest_Params) Reset() {
 	*x = AttestAgentRequest_Params{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[16]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +1059,7 @@ func (x *AttestAgentRequest_Params) String() string {
 func (*AttestAgentRequest_Params) ProtoMessage() {}
 
 func (x *AttestAgentRequest_Params) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[16]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1077,7 +1133,7 @@ type AttestAgentRequest_X509POP struct {
 
 func (x *AttestAgentRequest_X509POP) Reset() {
 	*x = AttestAgentRequest_X509POP{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[17]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1089,7 +1145,7 @@ func (x *AttestAgentRequest_X509POP) String() string {
 func (*AttestAgentRequest_X509POP) ProtoMessage() {}
 
 func (x *AttestAgentRequest_X509POP) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[17]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1124,7 +1180,7 @@ type AttestAgentRequest_ChallengeResponse struct {
 
 func (x *AttestAgentRequest_ChallengeResponse) Reset() {
 	*x = AttestAgentRequest_ChallengeResponse{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[18]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1192,7 @@ func (x *AttestAgentRequest_ChallengeResponse) String() string {
 func (*AttestAgentRequest_ChallengeResponse) ProtoMessage() {}
 
 func (x *AttestAgentRequest_ChallengeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[18]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1177,7 +1233,7 @@ type AttestAgentResponse_Result struct {
 
 func (x *AttestAgentResponse_Result) Reset() {
 	*x = AttestAgentResponse_Result{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[19]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1189,7 +1245,7 @@ func (x *AttestAgentResponse_Result) String() string {
 func (*AttestAgentResponse_Result) ProtoMessage() {}
 
 func (x *AttestAgentResponse_Result) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[19]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1229,7 +1285,7 @@ type Entry_Selector struct {
 
 func (x *Entry_Selector) Reset() {
 	*x = Entry_Selector{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[21]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1241,7 +1297,7 @@ func (x *Entry_Selector) String() string {
 func (*Entry_Selector) ProtoMessage() {}
 
 func (x *Entry_Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[21]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1254,7 +1310,7 @@ func (x *Entry_Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry_Selector.ProtoReflect.Descriptor instead.
 func (*Entry_Selector) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{9, 0}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{10, 0}
 }
 
 func (x *Entry_Selector) GetType() string {
@@ -1282,7 +1338,7 @@ type Endpoint_Gateway struct {
 
 func (x *Endpoint_Gateway) Reset() {
 	*x = Endpoint_Gateway{}
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[22]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1294,7 +1350,7 @@ func (x *Endpoint_Gateway) String() string {
 func (*Endpoint_Gateway) ProtoMessage() {}
 
 func (x *Endpoint_Gateway) ProtoReflect() protoreflect.Message {
-	mi := &file_identity_node_nodepb_node_proto_msgTypes[22]
+	mi := &file_identity_node_nodepb_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1307,7 +1363,7 @@ func (x *Endpoint_Gateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint_Gateway.ProtoReflect.Descriptor instead.
 func (*Endpoint_Gateway) Descriptor() ([]byte, []int) {
-	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{11, 0}
+	return file_identity_node_nodepb_node_proto_rawDescGZIP(), []int{12, 0}
 }
 
 func (x *Endpoint_Gateway) GetSpiffeId() string {
@@ -1363,11 +1419,14 @@ const file_identity_node_nodepb_node_proto_rawDesc = "" +
 	"\x0eentries_digest\x18\x01 \x01(\fR\rentriesDigest\x12%\n" +
 	"\x0ebundles_digest\x18\x02 \x01(\fR\rbundlesDigest\x12)\n" +
 	"\x10endpoints_digest\x18\x03 \x01(\fR\x0fendpointsDigest\x12'\n" +
-	"\x0fwants_endpoints\x18\x04 \x01(\bR\x0ewantsEndpoints\"\xb7\x01\n" +
+	"\x0fwants_endpoints\x18\x04 \x01(\bR\x0ewantsEndpoints\"\xcd\x01\n" +
 	"\rWatchResponse\x124\n" +
 	"\aentries\x18\x01 \x01(\v2\x1a.sallyport.node.v1.EntriesR\aentries\x124\n" +
 	"\abundles\x18\x02 \x01(\v2\x1a.sallyport.node.v1.BundlesR\abundles\x12:\n" +
-	"\tendpoints\x18\x03 \x01(\v2\x1c.sallyport.node.v1.EndpointsR\tendpoints\"U\n" +
+	"\tendpoints\x18\x03 \x01(\v2\x1c.sallyport.node.v1.EndpointsR\tendpoints\x12\x14\n" +
+	"\x05renew\x18\x04 \x01(\bR\x05renew\"!\n" +
+	"\aRefusal\x12\x16\n" +
+	"\x06bundle\x18\x01 \x01(\fR\x06bundle\"U\n" +
 	"\aEntries\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\fR\x06digest\x122\n" +
 	"\aentries\x18\x02 \x03(\v2\x18.sallyport.node.v1.EntryR\aentries\"\xba\x01\n" +
@@ -1431,7 +1490,7 @@ func file_identity_node_nodepb_node_proto_rawDescGZIP() []byte {
 	return file_identity_node_nodepb_node_proto_rawDescData
 }
 
-var file_identity_node_nodepb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_identity_node_nodepb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_identity_node_nodepb_node_proto_goTypes = []any{
 	(*AttestAgentRequest)(nil),                   // 0: sallyport.node.v1.AttestAgentRequest
 	(*AttestAgentResponse)(nil),                  // 1: sallyport.node.v1.AttestAgentResponse
@@ -1440,48 +1499,49 @@ var file_identity_node_nodepb_node_proto_goTypes = []any{
 	(*X509SVID)(nil),                             // 4: sallyport.node.v1.X509SVID
 	(*WatchRequest)(nil),                         // 5: sallyport.node.v1.WatchRequest
 	(*WatchResponse)(nil),                        // 6: sallyport.node.v1.WatchResponse
-	(*Entries)(nil),                              // 7: sallyport.node.v1.Entries
-	(*Bundles)(nil),                              // 8: sallyport.node.v1.Bundles
-	(*Entry)(nil),                                // 9: sallyport.node.v1.Entry
-	(*Endpoints)(nil),                            // 10: sallyport.node.v1.Endpoints
-	(*Endpoint)(nil),                             // 11: sallyport.node.v1.Endpoint
-	(*CertifyX509Request)(nil),                   // 12: sallyport.node.v1.CertifyX509Request
-	(*CertifyX509Response)(nil),                  // 13: sallyport.node.v1.CertifyX509Response
-	(*CertifyJWTRequest)(nil),                    // 14: sallyport.node.v1.CertifyJWTRequest
-	(*CertifyJWTResponse)(nil),                   // 15: sallyport.node.v1.CertifyJWTResponse
-	(*AttestAgentRequest_Params)(nil),            // 16: sallyport.node.v1.AttestAgentRequest.Params
-	(*AttestAgentRequest_X509POP)(nil),           // 17: sallyport.node.v1.AttestAgentRequest.X509POP
-	(*AttestAgentRequest_ChallengeResponse)(nil), // 18: sallyport.node.v1.AttestAgentRequest.ChallengeResponse
-	(*AttestAgentResponse_Result)(nil),           // 19: sallyport.node.v1.AttestAgentResponse.Result
-	nil,                                          // 20: sallyport.node.v1.Bundles.FederatedEntry
-	(*Entry_Selector)(nil),                       // 21: sallyport.node.v1.Entry.Selector
-	(*Endpoint_Gateway)(nil),                     // 22: sallyport.node.v1.Endpoint.Gateway
+	(*Refusal)(nil),                              // 7: sallyport.node.v1.Refusal
+	(*Entries)(nil),                              // 8: sallyport.node.v1.Entries
+	(*Bundles)(nil),                              // 9: sallyport.node.v1.Bundles
+	(*Entry)(nil),                                // 10: sallyport.node.v1.Entry
+	(*Endpoints)(nil),                            // 11: sallyport.node.v1.Endpoints
+	(*Endpoint)(nil),                             // 12: sallyport.node.v1.Endpoint
+	(*CertifyX509Request)(nil),                   // 13: sallyport.node.v1.CertifyX509Request
+	(*CertifyX509Response)(nil),                  // 14: sallyport.node.v1.CertifyX509Response
+	(*CertifyJWTRequest)(nil),                    // 15: sallyport.node.v1.CertifyJWTRequest
+	(*CertifyJWTResponse)(nil),                   // 16: sallyport.node.v1.CertifyJWTResponse
+	(*AttestAgentRequest_Params)(nil),            // 17: sallyport.node.v1.AttestAgentRequest.Params
+	(*AttestAgentRequest_X509POP)(nil),           // 18: sallyport.node.v1.AttestAgentRequest.X509POP
+	(*AttestAgentRequest_ChallengeResponse)(nil), // 19: sallyport.node.v1.AttestAgentRequest.ChallengeResponse
+	(*AttestAgentResponse_Result)(nil),           // 20: sallyport.node.v1.AttestAgentResponse.Result
+	nil,                                          // 21: sallyport.node.v1.Bundles.FederatedEntry
+	(*Entry_Selector)(nil),                       // 22: sallyport.node.v1.Entry.Selector
+	(*Endpoint_Gateway)(nil),                     // 23: sallyport.node.v1.Endpoint.Gateway
 }
 var file_identity_node_nodepb_node_proto_depIdxs = []int32{
-	16, // 0: sallyport.node.v1.AttestAgentRequest.params:type_name -> sallyport.node.v1.AttestAgentRequest.Params
-	18, // 1: sallyport.node.v1.AttestAgentRequest.challenge_response:type_name -> sallyport.node.v1.AttestAgentRequest.ChallengeResponse
-	19, // 2: sallyport.node.v1.AttestAgentResponse.result:type_name -> sallyport.node.v1.AttestAgentResponse.Result
+	17, // 0: sallyport.node.v1.AttestAgentRequest.params:type_name -> sallyport.node.v1.AttestAgentRequest.Params
+	19, // 1: sallyport.node.v1.AttestAgentRequest.challenge_response:type_name -> sallyport.node.v1.AttestAgentRequest.ChallengeResponse
+	20, // 2: sallyport.node.v1.AttestAgentResponse.result:type_name -> sallyport.node.v1.AttestAgentResponse.Result
 	4,  // 3: sallyport.node.v1.RenewAgentResponse.svid:type_name -> sallyport.node.v1.X509SVID
-	7,  // 4: sallyport.node.v1.WatchResponse.entries:type_name -> sallyport.node.v1.Entries
-	8,  // 5: sallyport.node.v1.WatchResponse.bundles:type_name -> sallyport.node.v1.Bundles
-	10, // 6: sallyport.node.v1.WatchResponse.endpoints:type_name -> sallyport.node.v1.Endpoints
-	9,  // 7: sallyport.node.v1.Entries.entries:type_name -> sallyport.node.v1.Entry
-	20, // 8: sallyport.node.v1.Bundles.federated:type_name -> sallyport.node.v1.Bundles.FederatedEntry
-	21, // 9: sallyport.node.v1.Entry.selectors:type_name -> sallyport.node.v1.Entry.Selector
-	11, // 10: sallyport.node.v1.Endpoints.endpoints:type_name -> sallyport.node.v1.Endpoint
-	22, // 11: sallyport.node.v1.Endpoint.gateways:type_name -> sallyport.node.v1.Endpoint.Gateway
-	17, // 12: sallyport.node.v1.AttestAgentRequest.Params.x509pop:type_name -> sallyport.node.v1.AttestAgentRequest.X509POP
+	8,  // 4: sallyport.node.v1.WatchResponse.entries:type_name -> sallyport.node.v1.Entries
+	9,  // 5: sallyport.node.v1.WatchResponse.bundles:type_name -> sallyport.node.v1.Bundles
+	11, // 6: sallyport.node.v1.WatchResponse.endpoints:type_name -> sallyport.node.v1.Endpoints
+	10, // 7: sallyport.node.v1.Entries.entries:type_name -> sallyport.node.v1.Entry
+	21, // 8: sallyport.node.v1.Bundles.federated:type_name -> sallyport.node.v1.Bundles.FederatedEntry
+	22, // 9: sallyport.node.v1.Entry.selectors:type_name -> sallyport.node.v1.Entry.Selector
+	12, // 10: sallyport.node.v1.Endpoints.endpoints:type_name -> sallyport.node.v1.Endpoint
+	23, // 11: sallyport.node.v1.Endpoint.gateways:type_name -> sallyport.node.v1.Endpoint.Gateway
+	18, // 12: sallyport.node.v1.AttestAgentRequest.Params.x509pop:type_name -> sallyport.node.v1.AttestAgentRequest.X509POP
 	4,  // 13: sallyport.node.v1.AttestAgentResponse.Result.svid:type_name -> sallyport.node.v1.X509SVID
 	0,  // 14: sallyport.node.v1.Node.AttestAgent:input_type -> sallyport.node.v1.AttestAgentRequest
 	2,  // 15: sallyport.node.v1.Node.RenewAgent:input_type -> sallyport.node.v1.RenewAgentRequest
 	5,  // 16: sallyport.node.v1.Node.Watch:input_type -> sallyport.node.v1.WatchRequest
-	12, // 17: sallyport.node.v1.Node.CertifyX509:input_type -> sallyport.node.v1.CertifyX509Request
-	14, // 18: sallyport.node.v1.Node.CertifyJWT:input_type -> sallyport.node.v1.CertifyJWTRequest
+	13, // 17: sallyport.node.v1.Node.CertifyX509:input_type -> sallyport.node.v1.CertifyX509Request
+	15, // 18: sallyport.node.v1.Node.CertifyJWT:input_type -> sallyport.node.v1.CertifyJWTRequest
 	1,  // 19: sallyport.node.v1.Node.AttestAgent:output_type -> sallyport.node.v1.AttestAgentResponse
 	3,  // 20: sallyport.node.v1.Node.RenewAgent:output_type -> sallyport.node.v1.RenewAgentResponse
 	6,  // 21: sallyport.node.v1.Node.Watch:output_type -> sallyport.node.v1.WatchResponse
-	13, // 22: sallyport.node.v1.Node.CertifyX509:output_type -> sallyport.node.v1.CertifyX509Response
-	15, // 23: sallyport.node.v1.Node.CertifyJWT:output_type -> sallyport.node.v1.CertifyJWTResponse
+	14, // 22: sallyport.node.v1.Node.CertifyX509:output_type -> sallyport.node.v1.CertifyX509Response
+	16, // 23: sallyport.node.v1.Node.CertifyJWT:output_type -> sallyport.node.v1.CertifyJWTResponse
 	19, // [19:24] is the sub-list for method output_type
 	14, // [14:19] is the sub-list for method input_type
 	14, // [14:14] is the sub-list for extension type_name
@@ -1502,7 +1562,7 @@ func file_identity_node_nodepb_node_proto_init() {
 		(*AttestAgentResponse_Challenge)(nil),
 		(*AttestAgentResponse_Result_)(nil),
 	}
-	file_identity_node_nodepb_node_proto_msgTypes[16].OneofWrappers = []any{
+	file_identity_node_nodepb_node_proto_msgTypes[17].OneofWrappers = []any{
 		(*AttestAgentRequest_Params_JoinToken)(nil),
 		(*AttestAgentRequest_Params_X509Pop)(nil),
 	}
@@ -1512,7 +1572,7 @@ func file_identity_node_nodepb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_identity_node_nodepb_node_proto_rawDesc), len(file_identity_node_nodepb_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -38,7 +38,7 @@ type NodeClient interface {
 	// RenewAgent certifies another key of the agent's.
 	RenewAgent(ctx context.Context, in *RenewAgentRequest, opts ...grpc.CallOption) (*RenewAgentResponse, error)
 	// Watch sends what the agent must know, at once and when it changes. It ends with PermissionDenied when the agent is
-	// revoked.
+	// revoked, and with Unauthenticated and a Refusal when the authority of its SVID is trusted no more.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
 	// CertifyX509 and CertifyJWT certify that a workload is whom an entry of this agent's says.
 	CertifyX509(ctx context.Context, in *CertifyX509Request, opts ...grpc.CallOption) (*CertifyX509Response, error)
@@ -124,7 +124,7 @@ type NodeServer interface {
 	// RenewAgent certifies another key of the agent's.
 	RenewAgent(context.Context, *RenewAgentRequest) (*RenewAgentResponse, error)
 	// Watch sends what the agent must know, at once and when it changes. It ends with PermissionDenied when the agent is
-	// revoked.
+	// revoked, and with Unauthenticated and a Refusal when the authority of its SVID is trusted no more.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
 	// CertifyX509 and CertifyJWT certify that a workload is whom an entry of this agent's says.
 	CertifyX509(context.Context, *CertifyX509Request) (*CertifyX509Response, error)

@@ -81,6 +81,25 @@ func Refuse(reason, msg string) error {
 	return s.Err()
 }
 
+// Disbelieve returns the status of a caller whose SVID is not believed, with the bundle that says whose would be.
+func Disbelieve(msg string, bundle []byte) error {
+	s, err := status.New(codes.Unauthenticated, msg).WithDetails(&Refusal{Bundle: bundle})
+	if err != nil {
+		return status.Error(codes.Unauthenticated, msg)
+	}
+	return s.Err()
+}
+
+// Trusted returns the bundle in a status; nil if there is none.
+func Trusted(err error) []byte {
+	for _, d := range status.Convert(err).Details() {
+		if refusal, ok := d.(*Refusal); ok {
+			return refusal.Bundle
+		}
+	}
+	return nil
+}
+
 // Reason returns the reason in a status; "" if there is none.
 func Reason(err error) string {
 	for _, d := range status.Convert(err).Details() {
