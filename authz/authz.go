@@ -33,7 +33,8 @@ type Request struct {
 type Decision struct {
 	Allowed bool `json:"allowed"`
 	Rule    Rule `json:"rule"`
-	// What the answer would be if every grant in Shadow mode were enforced.
+	// What the answer would be if the shadow folder were enforced instead; without one, if every grant in Shadow mode
+	// were enforced, too.
 	ShadowAllowed bool `json:"shadow_allowed"`
 	ShadowRule    Rule `json:"shadow_rule"`
 }
@@ -41,7 +42,8 @@ type Decision struct {
 // Policy is the compiled form of a configuration's grants at one moment. It is immutable.
 type Policy struct {
 	Endpoints map[segment.EndpointName]*Endpoint
-	// NextChange is when time alone changes the policy: the first expiry after the moment of compilation; zero: never.
+	// NextChange is until when time alone does not change the policy, and when it must be compiled again: the first
+	// moment after that of compilation at which a grant begins, ends, or may do so; zero: never.
 	NextChange time.Time
 
 	origin origin
@@ -52,7 +54,8 @@ type Policy struct {
 type Endpoint struct {
 	Members Table[*Class]
 	Classes []*Class // distinct, sorted by ID
-	// Shadowed says whether any grant in Shadow mode speaks about this endpoint.
+	// Shadowed says whether any grant in Shadow mode speaks about this endpoint, or there is a shadow folder, which by
+	// its silence denies.
 	Shadowed bool
 
 	// What the next policy may take over.
@@ -66,7 +69,7 @@ type Endpoint struct {
 type Class struct {
 	ID       string // digest of its content
 	Enforced Rights
-	Shadow   Rights // as if all grants in Shadow mode were enforced; equal to Enforced where there is none
+	Shadow   Rights // see Decision; equal to Enforced where nothing is tried
 }
 
 // Rights maps operations to what is decided about resources. Operations that are missing are denied.

@@ -27,25 +27,28 @@ func Recompile(last *Policy, cfg *segment.Config, now time.Time) *Policy {
 	if last == nil {
 		last = &Policy{}
 	}
-	p := &Policy{Endpoints: make(map[segment.EndpointName]*Endpoint, len(cfg.Endpoints)), origin: last.origin.next(cfg.Grants)}
+	p := &Policy{Endpoints: make(map[segment.EndpointName]*Endpoint, len(cfg.Endpoints)), origin: last.origin.next(cfg)}
 	compilers := make(map[segment.EndpointName]*compiler, len(cfg.Endpoints))
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
 		compilers[e.Name] = newCompiler(e, last.Endpoints[e.Name])
+		compilers[e.Name].shadowed = cfg.ShadowFolder
 	}
-	for i := range cfg.Grants {
-		g := &cfg.Grants[i]
-		if !g.Expires.IsZero() {
-			if !now.Before(g.Expires) {
-				continue
-			}
-			if p.NextChange.IsZero() || g.Expires.Before(p.NextChange) {
-				p.NextChange = g.Expires
-			}
+	for i := range p.origin.grants {
+		g, in := &p.origin.grants[i], p.origin.part(i)
+		if in == (part{}) {
+			continue
+		}
+		holds, until := g.Holds(now)
+		if !until.IsZero() && (p.NextChange.IsZero() || until.Before(p.NextChange)) {
+			p.NextChange = until
+		}
+		if !holds {
+			continue
 		}
 		for n, to := range g.To {
 			if c := compilers[to.Endpoint]; c != nil {
-				c.add(g, to, statementID{p.origin.ids[i], n})
+				c.add(g, to, in, statementID{p.origin.ids[i], n})
 			}
 		}
 	}
@@ -58,27 +61,56 @@ func Recompile(last *Policy, cfg *segment.Config, now time.Time) *Policy {
 // origin is what a policy was compiled from: the grants, and for each of them a number that an equal grant of an
 // earlier policy had, too.
 type origin struct {
-	grants []segment.Grant // sorted by name
+	grants []segment.Grant // those that are enforced, sorted by name, and behind them those of the shadow folder
+	shadow int             // where these begin
+	folder bool            // whether there is such a folder
 	ids    []int
 	unused int // the first number that no grant has had
 }
 
+// part says in which of the two decisions a grant takes part.
+type part struct{ enforced, shadow bool }
+
+func (o *origin) part(i int) part {
+	enforced := o.grants[i].Mode == segment.Enforce
+	switch {
+	case i >= o.shadow:
+		return part{shadow: enforced}
+	case o.folder:
+		return part{enforced: enforced}
+	}
+	return part{enforced, true}
+}
+
 // next numbers the grants of the policy that follows.
-func (o origin) next(grants []segment.Grant) origin {
-	n := origin{grants: grants, ids: make([]int, len(grants)), unused: o.unused}
+func (o origin) next(cfg *segment.Config) origin {
+	n := origin{grants: cfg.Grants, shadow: len(cfg.Grants), folder: cfg.ShadowFolder, unused: o.unused}
+	if n.folder {
+		n.grants = slices.Concat(cfg.Grants, cfg.Shadow)
+	}
+	if n.folder != o.folder {
+		o = origin{} // the same grants take part in other decisions
+	}
+	n.ids = make([]int, len(n.grants))
+	n.number(0, n.shadow, o.grants[:o.shadow], o.ids)
+	n.number(n.shadow, len(n.grants), o.grants[o.shadow:], o.ids[o.shadow:])
+	return n
+}
+
+// number gives numbers to some grants: those that they had among the earlier ones, or new ones.
+func (o *origin) number(from, to int, earlier []segment.Grant, ids []int) {
 	before := 0
-	for i := range grants {
-		for before < len(o.grants) && o.grants[before].Name < grants[i].Name {
+	for i := from; i < to; i++ {
+		for before < len(earlier) && earlier[before].Name < o.grants[i].Name {
 			before++
 		}
-		if before < len(o.grants) && o.grants[before].Says(&grants[i]) {
-			n.ids[i] = o.ids[before]
+		if before < len(earlier) && earlier[before].Says(&o.grants[i]) {
+			o.ids[i] = ids[before]
 			continue
 		}
-		n.ids[i] = n.unused
-		n.unused++
+		o.ids[i] = o.unused
+		o.unused++
 	}
-	return n
 }
 
 // statementID names one target of one grant, for as long as the grant says the same.
@@ -89,7 +121,7 @@ type statement struct {
 	id         statementID
 	rule       Rule
 	deny       bool
-	shadow     bool
+	in         part
 	operations []segment.Operation
 	resources  []segment.Pattern
 }
@@ -121,17 +153,17 @@ func newCompiler(e *segment.Endpoint, last *Endpoint) *compiler {
 	return c
 }
 
-func (c *compiler) add(g *segment.Grant, to segment.Target, id statementID) {
+func (c *compiler) add(g *segment.Grant, to segment.Target, in part, id statementID) {
 	n := len(c.statements)
 	c.statements = append(c.statements, statement{
 		id:         id,
 		rule:       RuleOf(g.Name),
 		deny:       g.Effect != segment.Allow,
-		shadow:     g.Mode != segment.Enforce,
+		in:         in,
 		operations: to.Operations,
 		resources:  c.known(to.Resources),
 	})
-	c.shadowed = c.shadowed || g.Mode != segment.Enforce
+	c.shadowed = c.shadowed || in.enforced != in.shadow
 	for _, from := range g.From {
 		p := from.Pattern()
 		named := c.about[p]
@@ -201,18 +233,20 @@ func (c *compiler) class(caller segment.Pattern) *Class {
 		c.classes[string(key)] = class
 		return class
 	}
-	statements := make([]*statement, len(covering))
-	enforced := make([]*statement, 0, len(covering))
-	for i, n := range covering {
-		statements[i] = &c.statements[n]
-		if !statements[i].shadow {
-			enforced = append(enforced, statements[i])
+	enforced, shadow := make([]*statement, 0, len(covering)), make([]*statement, 0, len(covering))
+	for _, n := range covering {
+		s := &c.statements[n]
+		if s.in.enforced {
+			enforced = append(enforced, s)
+		}
+		if s.in.shadow {
+			shadow = append(shadow, s)
 		}
 	}
 	class := &Class{Enforced: c.rights(enforced)}
 	class.Shadow = class.Enforced
-	if len(enforced) != len(statements) {
-		class.Shadow = c.rights(statements)
+	if !slices.Equal(enforced, shadow) {
+		class.Shadow = c.rights(shadow)
 	}
 	class.ID = digest(class)
 	c.classes[string(key)] = class

@@ -45,6 +45,21 @@ func TestDecisions(t *testing.T) {
 					t.Errorf("%s: (-want +got)\n%s", line.Pos, diff)
 				}
 			}
+			// At any time, its timeless documents decide as they do at its own.
+			timeless := c
+			timeless.Now = c.Now.AddDate(70, 0, 0)
+			var err error
+			if timeless.Documents, timeless.Shadow, err = c.Timeless(); err != nil {
+				t.Fatal(err)
+			}
+			if policy = policyOf(t, &timeless); !policy.NextChange.IsZero() {
+				t.Errorf("it has times: it changes at %s", policy.NextChange)
+			}
+			for _, line := range c.Lines {
+				if diff := cmp.Diff(line.Want, authz.Decide(policy, line.Request)); diff != "" {
+					t.Errorf("%s, at any time: (-want +got)\n%s", line.Pos, diff)
+				}
+			}
 		})
 	}
 	if lines < 200 {

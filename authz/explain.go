@@ -13,7 +13,7 @@ import (
 type Explanation struct {
 	Request  Request  `json:"request"`
 	Decision Decision `json:"decision"`
-	// Deciding are the grants that speak about exactly this request, in force, shadow or expired.
+	// Deciding are the grants that speak about exactly this request, in force, shadow or out of their time.
 	Deciding []Reason `json:"deciding,omitempty"`
 	// Near are the grants that would speak about it if one thing were different, the closest first.
 	Near []Reason `json:"near,omitempty"`
@@ -43,28 +43,57 @@ func Explain(p *Policy, cfg *segment.Config, r Request, now time.Time) Explanati
 	served := serves(cfg, r)
 	for i := range cfg.Grants {
 		g := &cfg.Grants[i]
-		misses := closest(g, r, served)
-		reason := Reason{Grant: g.Name, Pos: g.Pos, Effect: g.Effect}
-		state := ""
-		switch {
-		case !g.Expires.IsZero() && !now.Before(g.Expires):
-			state = fmt.Sprintf("expired at %s", g.Expires.Format(time.RFC3339))
-		case g.Mode != segment.Enforce:
+		state := untimely(g, now)
+		if state == "" && g.Mode != segment.Enforce {
 			state = "is only in shadow mode"
+			if cfg.ShadowFolder {
+				state += ", which a shadow folder replaces"
+			}
 		}
-		switch {
-		case len(misses) == 0 && state == "":
-			reason.Says = map[segment.Effect]string{segment.Allow: "allows it", segment.Deny: denies}[g.Effect]
-			ex.Deciding = append(ex.Deciding, reason)
-		case len(misses) == 0:
-			reason.Says = fmt.Sprintf("would %s it, but %s", map[segment.Effect]string{segment.Allow: "allow", segment.Deny: "deny"}[g.Effect], state)
-			ex.Deciding = append(ex.Deciding, reason)
-		case len(misses) == 1 && g.Effect == segment.Allow:
-			reason.Says = misses[0]
-			ex.Near = append(ex.Near, reason)
+		ex.add(g, closest(g, r, served), denies, state)
+	}
+	for i := range cfg.Shadow {
+		g := &cfg.Shadow[i]
+		if misses := closest(g, r, served); len(misses) == 0 && g.Mode == segment.Enforce {
+			state := "is only in the shadow folder"
+			if late := untimely(g, now); late != "" {
+				state += " and " + late
+			}
+			ex.add(g, misses, denies, state)
 		}
 	}
 	return ex
+}
+
+// add says what a grant has to do with the request, from which it differs in the misses. The state is why it is not in
+// force; empty: it is.
+func (ex *Explanation) add(g *segment.Grant, misses []string, denies, state string) {
+	reason := Reason{Grant: g.Name, Pos: g.Pos, Effect: g.Effect}
+	switch {
+	case len(misses) == 0 && state == "":
+		reason.Says = map[segment.Effect]string{segment.Allow: "allows it", segment.Deny: denies}[g.Effect]
+		ex.Deciding = append(ex.Deciding, reason)
+	case len(misses) == 0:
+		reason.Says = fmt.Sprintf("would %s it, but %s", map[segment.Effect]string{segment.Allow: "allow", segment.Deny: "deny"}[g.Effect], state)
+		ex.Deciding = append(ex.Deciding, reason)
+	case len(misses) == 1 && g.Effect == segment.Allow:
+		reason.Says = misses[0]
+		ex.Near = append(ex.Near, reason)
+	}
+}
+
+// untimely says why a grant does not hold at a moment; empty: it holds.
+func untimely(g *segment.Grant, now time.Time) string {
+	holds, _ := g.Holds(now)
+	switch {
+	case holds:
+		return ""
+	case !g.Expires.IsZero() && !now.Before(g.Expires):
+		return "expired at " + g.Expires.Format(time.RFC3339)
+	case now.Before(g.NotBefore):
+		return "does not hold before " + g.NotBefore.Format(time.RFC3339)
+	}
+	return "holds only " + list(g.Windows, segment.Window.String)
 }
 
 func isImplied(o segment.Operation) bool { return o == segment.Discover || o == segment.Enter }

@@ -80,14 +80,35 @@ func (n naive) decide(r authz.Request) authz.Leaf {
 // about yields the grants that hold and speak of the caller.
 func (n naive) about(caller string) func(func(*segment.Grant) bool) {
 	return func(yield func(*segment.Grant) bool) {
-		for i := range n.cfg.Grants {
-			g := &n.cfg.Grants[i]
-			if (g.Expires.IsZero() || n.now.Before(g.Expires)) && (n.shadow || g.Mode == segment.Enforce) &&
+		grants, tried := n.cfg.Grants, n.shadow
+		if n.shadow && n.cfg.ShadowFolder {
+			grants, tried = n.cfg.Shadow, false
+		}
+		for i := range grants {
+			g := &grants[i]
+			if holds(g, n.now) && (tried || g.Mode == segment.Enforce) &&
 				slices.ContainsFunc(g.From, func(c segment.Caller) bool { return c.Matches(caller) }) && !yield(g) {
 				return
 			}
 		}
 	}
+}
+
+// holds looks at a clock on the wall.
+func holds(g *segment.Grant, now time.Time) bool {
+	if now.Before(g.NotBefore) || !g.Expires.IsZero() && !now.Before(g.Expires) {
+		return false
+	}
+	return g.Windows == nil || slices.ContainsFunc(g.Windows, func(w segment.Window) bool {
+		from, to, shows := w.From.String(), w.To.String(), now.In(w.Zone).Format("15:04")
+		y, m, d := now.In(w.Zone).Date()
+		today := slices.Contains(w.Days, time.Date(y, m, d, 12, 0, 0, 0, time.UTC).Weekday())
+		yesterday := slices.Contains(w.Days, time.Date(y, m, d-1, 12, 0, 0, 0, time.UTC).Weekday())
+		if from < to {
+			return today && from <= shows && shows < to
+		}
+		return today && from <= shows || yesterday && shows < to
+	})
 }
 
 func (n naive) named(e *segment.Endpoint, caller string) []segment.Pattern {
@@ -121,16 +142,24 @@ func (n naive) both(r authz.Request) authz.Decision {
 	return authz.Decision{Allowed: enforced.Allowed, Rule: enforced.Rule, ShadowAllowed: shadow.Allowed, ShadowRule: shadow.Rule}
 }
 
+// moment is one at which grants expire or begin, or one on a day on which clocks somewhere are put forward or back.
 func moment(t *rapid.T) time.Time {
-	now, err := time.Parse(time.RFC3339, rapid.SampledFrom([]string{corpus.Early, corpus.Between, corpus.Late}).Draw(t, "now"))
+	days := []string{corpus.Early, corpus.Between, corpus.Late, "2026-03-08T00:00:00Z", "2026-03-29T00:00:00Z", "2026-04-04T00:00:00Z",
+		"2026-10-03T00:00:00Z", "2026-10-25T00:00:00Z", "2026-11-01T00:00:00Z"}
+	now, err := time.Parse(time.RFC3339, rapid.SampledFrom(days).Draw(t, "now"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return now
+	return now.Add(time.Duration(rapid.SampledFrom([]int{0, 0, 1, 60, 45 * 60, rapid.IntRange(0, 36*60*60).Draw(t, "seconds")}).Draw(t, "later")) * time.Second)
 }
 
+// anyConfig has a shadow folder, or not.
 func anyConfig(t *rapid.T) segment.Config {
-	return corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...))
+	docs := append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...)
+	if rapid.IntRange(0, 2).Draw(t, "folder") > 0 {
+		return corpus.Assemble(t, docs)
+	}
+	return corpus.AssembleBeside(t, docs, corpus.Grants().Draw(t, "shadow"))
 }
 
 func TestAgreesWithNaive(t *testing.T) {
@@ -256,6 +285,11 @@ func TestRecompile(t *testing.T) {
 		grants := corpus.Grants().Draw(t, "grants")
 		for step := range rapid.IntRange(2, 4).Draw(t, "edits") {
 			cfg, now := corpus.Assemble(t, append(corpus.Endpoints(), grants...)), moment(t)
+			if rapid.IntRange(0, 2).Draw(t, "folder") == 0 {
+				cfg.ShadowFolder = true // the grants in it have the names of others, and most say the same
+				cfg.Shadow = slices.Concat(cfg.Grants[:len(cfg.Grants)/2], corpus.Assemble(t, append(corpus.Endpoints(),
+					corpus.Grant("z", "Deny", "Enforce").Draw(t, "tried"))).Grants)
+			}
 			fresh, policy := authz.Compile(&cfg, now), authz.Recompile(last, &cfg, now)
 			for name, want := range fresh.Endpoints {
 				got := policy.Endpoints[name]
@@ -314,22 +348,114 @@ func TestOneGrantMore(t *testing.T) {
 	})
 }
 
+// Until the next change no grant begins or ends, however short, and the policy stays what it is.
 func TestNextChange(t *testing.T) {
-	at := func(s string) time.Time {
-		m, err := time.Parse(time.RFC3339, s)
-		if err != nil {
-			t.Fatal(err)
+	changes := 0
+	rapid.Check(t, func(t *rapid.T) {
+		cfg, now := anyConfig(t), moment(t)
+		policy := authz.Compile(&cfg, now)
+		all := slices.Concat(cfg.Grants, cfg.Shadow)
+		if cfg.ShadowFolder { // beside it, those in Shadow mode have no part in anything
+			all = slices.DeleteFunc(all, func(g segment.Grant) bool { return g.Mode == segment.Shadow })
 		}
-		return m
+		hold := func(at time.Time) (text string) {
+			for i := range all {
+				text += fmt.Sprint(holds(&all[i], at), " ")
+			}
+			return text
+		}
+		next := policy.NextChange
+		end := now.Add(10 * 24 * time.Hour)
+		switch {
+		case next.IsZero():
+		case !next.After(now):
+			t.Fatalf("at %s the next change was at %s", now, next)
+		case next.Before(end):
+			end = next
+		}
+		was := hold(now)
+		for at := now.Truncate(time.Minute).Add(time.Minute); at.Before(end); at = at.Add(time.Minute) {
+			if is := hold(at); is != was {
+				t.Fatalf("from %s to %s nothing should change, and %sbecomes %sat %s", now, next, was, is, at)
+			}
+		}
+		before := end.Add(-1)
+		if is := hold(before); is != was {
+			t.Fatalf("from %s to %s nothing should change, and %sbecomes %sat %s", now, next, was, is, before)
+		}
+		if !next.IsZero() && hold(next) != was {
+			changes++
+		}
+		later := authz.Compile(&cfg, before)
+		if !later.NextChange.Equal(next) && end.Equal(next) {
+			t.Fatalf("the change at %s is one at %s just before", next, later.NextChange)
+		}
+		for name, e := range policy.Endpoints {
+			same := func(a, b *authz.Class) bool { return a.ID == b.ID }
+			if !maps.EqualFunc(maps.Collect(e.Members.All()), maps.Collect(later.Endpoints[name].Members.All()), same) {
+				t.Fatalf("%s is another before %s", name, next)
+			}
+		}
+	})
+	if changes < 10 {
+		t.Errorf("only %d times something changes: the test shows little", changes)
 	}
-	early, between, late := at(corpus.Early), at(corpus.Between), at(corpus.Late)
-	cfg := segment.Config{Grants: []segment.Grant{{Name: "a", Expires: late}, {Name: "b", Expires: between}, {Name: "c"}}}
-	for _, c := range []struct{ now, want time.Time }{
-		{early, between}, {between.Add(-1), between}, {between, late}, {late.Add(-1), late}, {late, time.Time{}}, {late.Add(1), time.Time{}},
-	} {
-		if got := authz.Compile(&cfg, c.now).NextChange; !got.Equal(c.want) {
-			t.Errorf("at %s the next change is at %s, not %s", c.now, got, c.want)
+}
+
+// What limits grants in time gives nothing that they don't give without it, nor takes it.
+func TestTimesOnlyNarrow(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		cfg, now := anyConfig(t), moment(t)
+		effect := rapid.SampledFrom([]segment.Effect{segment.Allow, segment.Deny}).Draw(t, "effect")
+		always := cfg
+		for _, grants := range []*[]segment.Grant{&always.Grants, &always.Shadow} {
+			*grants = slices.Clone(*grants)
+			for i := range *grants {
+				if g := &(*grants)[i]; g.Effect == effect {
+					g.NotBefore, g.Expires, g.Windows = time.Time{}, time.Time{}, nil
+				}
+			}
 		}
+		limited, unlimited := authz.Compile(&cfg, now), authz.Compile(&always, now)
+		for _, r := range corpus.Requests() {
+			a, b := authz.Decide(limited, r), authz.Decide(unlimited, r)
+			if effect == segment.Deny {
+				a, b = b, a
+			}
+			if a.Allowed && !b.Allowed || a.ShadowAllowed && !b.ShadowAllowed {
+				t.Fatalf("%+v is %+v with times of %s, and %+v without", r, authz.Decide(limited, r), effect, authz.Decide(unlimited, r))
+			}
+		}
+	})
+}
+
+// A shadow folder changes nothing that is enforced, and is decided as if it were all that is.
+func TestShadowFolder(t *testing.T) {
+	differ := 0
+	rapid.Check(t, func(t *rapid.T) {
+		docs, shadow, now := append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...), corpus.Grants().Draw(t, "shadow"), moment(t)
+		without, with := corpus.Assemble(t, docs), corpus.AssembleBeside(t, docs, shadow)
+		promoted := corpus.Assemble(t, append(corpus.Endpoints(), shadow...))
+		before, after, alone := authz.Compile(&without, now), authz.Compile(&with, now), authz.Compile(&promoted, now)
+		for _, r := range corpus.Requests() {
+			was, is, tried := authz.Decide(before, r), authz.Decide(after, r), authz.Decide(alone, r)
+			switch {
+			case is.Allowed != was.Allowed || is.Rule != was.Rule:
+				t.Fatalf("%+v is %+v with the folder, and %+v without", r, is, was)
+			case is.ShadowAllowed != tried.Allowed || is.ShadowRule != tried.Rule:
+				t.Fatalf("%+v is tried as %+v, and will be %+v", r, is, tried)
+			case is.Allowed != is.ShadowAllowed:
+				differ++
+			}
+		}
+		for name, e := range after.Endpoints {
+			if !e.Shadowed {
+				t.Fatalf("nothing is tried at %s", name)
+			}
+		}
+	})
+	if differ < 100 {
+		t.Errorf("only %d verdicts differ: the test shows little", differ)
 	}
 }
 
@@ -346,6 +472,12 @@ func TestZeroGrant(t *testing.T) {
 		if got := authz.Decide(authz.Compile(&cfg, time.Time{}), request); got.Allowed {
 			t.Errorf("%+v allows: %+v", g, got)
 		}
+	}
+	cfg := segment.Config{Endpoints: []segment.Endpoint{{Name: "docs", Protocol: segment.Chroma}}, ShadowFolder: true,
+		Shadow: []segment.Grant{{Effect: segment.Allow, From: []segment.Caller{caller}, To: []segment.Target{{Endpoint: "docs",
+			Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"*"}}}}}}
+	if got := authz.Decide(authz.Compile(&cfg, time.Time{}), request); got.Allowed || got.ShadowAllowed {
+		t.Errorf("a grant without a mode allows: %+v", got)
 	}
 	if got := authz.Decide(authz.Compile(&segment.Config{}, time.Time{}), request); got != (authz.Decision{Rule: authz.DefaultDeny, ShadowRule: authz.DefaultDeny}) {
 		t.Errorf("nothing decides %+v", got)

@@ -65,7 +65,7 @@ func Regenerate(last *Generation, cfg segment.Config, learned envoy.Learned, now
 func digest(g *Generation) Digest {
 	h := sha256.New()
 	for _, gateway := range g.Config.Gateways {
-		fmt.Fprintf(h, "%q %q %q %q\n", gateway.Name, gateway.ID, gateway.Node, gateway.Selectors)
+		fmt.Fprintf(h, "%q %q %q %q %v\n", gateway.Name, gateway.ID, gateway.Node, gateway.Selectors, gateway.Address)
 		r := g.Resources[gateway.Name]
 		for field, m := range r.All() {
 			fmt.Fprintf(h, "%s %s\n", field, r.Version(m))

@@ -22,12 +22,15 @@ type State struct {
 	Generation *Generation      // the last good one; nil: none yet
 	Problems   segment.Problems // what is wrong with the newest documents; then Generation is an older one
 	Failure    string           // a defect of ours that keeps the newest documents from being published
+	// Shadow is what is wrong with the newest documents of the shadow folder; then Generation has its last good ones.
+	Shadow segment.Problems
 }
 
 // Pipeline makes generations of documents. One goroutine, that of Run, owns everything.
 type Pipeline struct {
 	Options   v1alpha1.Options
 	Documents <-chan v1alpha1.Snapshot // newest wins
+	Shadow    <-chan v1alpha1.Snapshot // of the shadow folder, newest wins; nil: there is none
 	Names     <-chan envoy.Names       // newest wins
 	Keys      <-chan envoy.Keys        // newest wins
 	Sinks     []Sink                   // told in this order
@@ -44,22 +47,25 @@ func (p *Pipeline) State() *State {
 	return &State{}
 }
 
-// clockCheck is how often the clock is looked at while a grant has an end: a clock that jumps moves that end too.
+// clockCheck is how often the clock is looked at while grants begin or end by it: a clock that jumps moves that too.
 const clockCheck = 10 * time.Second
 
 // Run makes generations until the context ends.
 func (p *Pipeline) Run(ctx context.Context) error {
 	var (
-		cfg      *segment.Config // of the newest good documents; nil: none yet
+		enforced *[]v1alpha1.Document // the newest good ones; nil: none yet
+		cfg      *segment.Config      // made of them; nil: none yet
 		problems segment.Problems
+		tried    tried
 		learned  envoy.Learned
 		noticed  time.Time // when the source noticed the newest documents; zero: something else has changed
+		made     time.Time // when the policy was last made
 		next     time.Time // when time alone changes the policy; zero: never
 	)
 	clock := time.NewTicker(clockCheck)
 	defer clock.Stop()
-	expiry := time.NewTimer(clockCheck)
-	defer expiry.Stop()
+	due := time.NewTimer(clockCheck)
+	defer due.Stop()
 	for {
 		noticed = time.Time{}
 		select {
@@ -67,15 +73,20 @@ func (p *Pipeline) Run(ctx context.Context) error {
 			noticed = docs.Noticed
 			var assembled segment.Config
 			if assembled, problems = v1alpha1.Assemble(docs.Documents, p.Options); len(problems) > 0 {
-				p.complain(problems)
+				p.complain(problems, tried.problems)
 				continue
 			}
-			cfg = &assembled
-		case learned.Names = <-p.Names: // 2. a store has other collections now
-		case learned.Keys = <-p.Keys: // 3. tokens are signed with other keys now
-		case <-expiry.C: // 4. a grant has expired
-		case <-clock.C: // 5. or the clock has jumped past its end
-			if next.IsZero() || time.Now().Before(next) {
+			enforced, cfg = &docs.Documents, &assembled
+			p.try(&tried, cfg, enforced)
+		case docs := <-p.Shadow: // 2. or something in the shadow folder
+			noticed = docs.Noticed
+			tried.documents = &docs.Documents
+			p.try(&tried, cfg, enforced)
+		case learned.Names = <-p.Names: // 3. a store has other collections now
+		case learned.Keys = <-p.Keys: // 4. tokens are signed with other keys now
+		case <-due.C: // 5. a grant begins or ends
+		case <-clock.C: // 6. or the clock has jumped to where it would have, or back
+			if now := time.Now().Round(0); !now.Before(made) && (next.IsZero() || now.Before(next)) {
 				continue
 			}
 		case <-ctx.Done():
@@ -84,14 +95,15 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		if cfg == nil {
 			continue
 		}
-		g, err := Regenerate(p.State().Generation, *cfg, learned, time.Now())
+		made = time.Now().Round(0) // by the wall clock alone
+		g, err := Regenerate(p.State().Generation, *cfg, learned, made)
 		if err != nil {
 			p.Log.Error("generation refused", "error", err)
-			p.state.Store(&State{Generation: p.State().Generation, Problems: problems, Failure: err.Error()})
+			p.state.Store(&State{Generation: p.State().Generation, Problems: problems, Failure: err.Error(), Shadow: tried.problems})
 			continue
 		}
 		if next = g.Policy.NextChange; !next.IsZero() {
-			expiry.Reset(time.Until(next))
+			due.Reset(time.Until(next))
 		}
 		// Where nothing has changed that has an effect, nothing is pushed: only positions and the like are new.
 		if last := p.State().Generation; last == nil || last.Digest != g.Digest {
@@ -99,8 +111,31 @@ func (p *Pipeline) Run(ctx context.Context) error {
 				return err
 			}
 		}
-		p.state.Store(&State{Generation: g, Problems: problems})
+		p.state.Store(&State{Generation: g, Problems: problems, Shadow: tried.problems})
 	}
+}
+
+// tried is the shadow folder.
+type tried struct {
+	documents *[]v1alpha1.Document // the newest; nil: none yet
+	grants    []segment.Grant      // of the last good ones
+	good      bool                 // whether there were good ones
+	problems  segment.Problems     // with the newest
+}
+
+// try puts the shadow folder's grants beside the enforced ones. Whatever is wrong with it, it changes none of these.
+func (p *Pipeline) try(t *tried, cfg *segment.Config, enforced *[]v1alpha1.Document) {
+	if t.documents == nil || cfg == nil {
+		return
+	}
+	var grants []segment.Grant
+	if grants, t.problems = v1alpha1.AssembleShadow(*enforced, *t.documents, p.Options); len(t.problems) == 0 {
+		t.grants, t.good = grants, true
+	}
+	for _, problem := range t.problems {
+		p.Log.Error("shadow document refused", "problem", problem.String())
+	}
+	cfg.Shadow, cfg.ShadowFolder = t.grants, t.good
 }
 
 func (p *Pipeline) publish(ctx context.Context, g *Generation, noticed time.Time) error {
@@ -111,6 +146,9 @@ func (p *Pipeline) publish(ctx context.Context, g *Generation, noticed time.Time
 	}
 	log := p.Log.With("generation", g.Digest.Short(), "endpoints", len(g.Config.Endpoints), "workloads", len(g.Config.Workloads),
 		"grants", len(g.Config.Grants))
+	if g.Config.ShadowFolder {
+		log = log.With("shadow", len(g.Config.Shadow))
+	}
 	if !noticed.IsZero() {
 		log = log.With("after", time.Since(noticed).Round(time.Millisecond)) // the change of a file was noticed
 	}
@@ -118,9 +156,9 @@ func (p *Pipeline) publish(ctx context.Context, g *Generation, noticed time.Time
 	return nil
 }
 
-func (p *Pipeline) complain(problems segment.Problems) {
+func (p *Pipeline) complain(problems, shadow segment.Problems) {
 	last := p.State().Generation
-	p.state.Store(&State{Generation: last, Problems: problems})
+	p.state.Store(&State{Generation: last, Problems: problems, Shadow: shadow})
 	force := "nothing"
 	if last != nil {
 		force = last.Digest.Short()

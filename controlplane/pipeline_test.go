@@ -36,6 +36,7 @@ type line struct {
 	*testing.T
 	*Pipeline
 	documents chan v1alpha1.Snapshot
+	shadow    chan v1alpha1.Snapshot
 	names     chan envoy.Names
 	mu        sync.Mutex
 	sunk      []*Generation
@@ -58,8 +59,8 @@ func (l *line) published() []*Generation {
 
 func run(t *testing.T, test func(l *line)) {
 	synctest.Test(t, func(t *testing.T) {
-		l := &line{T: t, documents: make(chan v1alpha1.Snapshot), names: make(chan envoy.Names)}
-		l.Pipeline = &Pipeline{Options: corpus.Options(), Documents: l.documents, Names: l.names, Sinks: []Sink{l}, Log: slog.New(slog.DiscardHandler)}
+		l := &line{T: t, documents: make(chan v1alpha1.Snapshot), shadow: make(chan v1alpha1.Snapshot), names: make(chan envoy.Names)}
+		l.Pipeline = &Pipeline{Options: corpus.Options(), Documents: l.documents, Shadow: l.shadow, Names: l.names, Sinks: []Sink{l}, Log: slog.New(slog.DiscardHandler)}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { l.ended = l.Pipeline.Run(ctx); close(done) }()
@@ -270,4 +271,130 @@ func TestDigest(t *testing.T) {
 		}
 		seen[d] = what
 	}
+}
+
+// A grant begins, and holds in its windows, by the clock alone.
+func TestWindows(t *testing.T) {
+	run(t, func(l *line) {
+		start := time.Now() // 2000-01-01T00:00:00Z, a Saturday
+		l.edit(endpoints(), grant("a", "a", `, windows: [{days: [Sat, Sun], from: "09:00", to: "17:00", timeZone: Europe/Berlin}]`),
+			grant("b", "b", ", notBefore: '2000-01-01T10:00:00Z'"), grant("c", "a", ", effect: Deny, windows: [{days: [Sun], from: '12:00', to: '12:01'}]"))
+		for _, c := range []struct {
+			at   time.Duration
+			a, b bool
+		}{
+			{0, false, false}, {8*time.Hour - 1, false, false}, {8 * time.Hour, true, false}, {10*time.Hour - 1, true, false}, {10 * time.Hour, true, true},
+			{16*time.Hour - 1, true, true}, {16 * time.Hour, false, true}, {32 * time.Hour, true, true}, {36 * time.Hour, false, true},
+			{36*time.Hour + time.Minute, true, true}, {40 * time.Hour, false, true}, {7 * 24 * time.Hour, false, true}, {7*24*time.Hour + 8*time.Hour, true, true},
+		} {
+			time.Sleep(time.Until(start.Add(c.at)))
+			synctest.Wait()
+			if a, b := l.reads("a"), l.reads("b"); a != c.a || b != c.b {
+				t.Errorf("after %s: %t, %t", c.at, a, b)
+			}
+		}
+	})
+}
+
+// tries says what the shadow says of what caller a may read.
+func (l *line) tries(resource string) bool {
+	l.Helper()
+	l.reads(resource) // which looks at what is in force
+	return authz.Decide(l.State().Generation.Policy, authz.Request{Caller: "spiffe://example.org/a", Endpoint: "docs", Operation: segment.Read, Resource: resource}).ShadowAllowed
+}
+
+func (l *line) try(docs ...string) {
+	l.shadow <- snapshot(docs...)
+	synctest.Wait()
+}
+
+func TestShadowFolder(t *testing.T) {
+	run(t, func(l *line) {
+		// It comes first, and alone it is nothing.
+		l.try(grant("g", "tried", ""))
+		l.wantPublished(0)
+		l.edit(endpoints(), grant("g", "wiki", ""))
+		l.wantPublished(1)
+		if !l.reads("wiki") || l.tries("wiki") || l.reads("tried") || !l.tries("tried") {
+			t.Error("not what is enforced, or not what is tried")
+		}
+		// The same enforced documents: only the shadow is another.
+		l.try(grant("g", "wiki", ""))
+		l.wantPublished(2)
+		if !l.reads("wiki") || !l.tries("wiki") || l.tries("tried") {
+			t.Error("the folder is not followed")
+		}
+		l.try(grant("g", "wiki", ""), "# the same\n")
+		l.wantPublished(2)
+
+		// Whatever is wrong with it stays there.
+		for _, broken := range [][]string{{"kind: Nonsense\n"}, {grant("g", "'a*b'", "")}, {grant("h", "x", ""), "effect: Deny"},
+			{strings.ReplaceAll(grant("g", "wiki", ""), "docs", "nowhere")}, {endpoints(), endpoints()}} {
+			l.try(broken...)
+			if s := l.State(); len(s.Shadow) == 0 || len(s.Problems) != 0 || s.Failure != "" || !l.reads("wiki") || !l.tries("wiki") {
+				t.Errorf("%q: %+v", broken, s)
+			}
+		}
+		l.wantPublished(2)
+		// Meanwhile others change, for good and for bad, and both are told apart.
+		l.edit(endpoints(), grant("g", "other", ""))
+		l.wantPublished(3)
+		if s := l.State(); len(s.Shadow) == 0 || !l.reads("other") || l.reads("wiki") || !l.tries("wiki") || l.tries("other") {
+			t.Errorf("%+v", s)
+		}
+		l.edit("kind: Nonsense\n")
+		if s := l.State(); len(s.Shadow) == 0 || len(s.Problems) == 0 || !l.reads("other") || !l.tries("wiki") {
+			t.Errorf("%+v", s)
+		}
+		l.try(grant("g", "new", ""))
+		l.wantPublished(4)
+		if s := l.State(); len(s.Shadow) != 0 || len(s.Problems) == 0 || !l.reads("other") || l.tries("wiki") || !l.tries("new") {
+			t.Errorf("%+v", s)
+		}
+		// What it needs of the enforced documents can go, and come back.
+		l.edit(strings.Join(corpus.Endpoints()[:2], ""))
+		if s := l.State(); len(s.Shadow) == 0 || len(s.Problems) != 0 {
+			t.Errorf("%+v", s)
+		}
+		l.edit(endpoints(), grant("g", "other", ""))
+		if s := l.State(); len(s.Shadow) != 0 || !l.reads("other") || !l.tries("new") {
+			t.Errorf("%+v", s)
+		}
+		// An empty one denies everything, and enforces nothing.
+		l.try()
+		if !l.reads("other") || l.tries("other") || l.tries("new") {
+			t.Error("the empty folder is not tried")
+		}
+	})
+}
+
+// A folder that was never good is none: then grants in Shadow mode are tried.
+func TestShadowFolderBrokenFromTheStart(t *testing.T) {
+	run(t, func(l *line) {
+		l.edit(endpoints(), grant("g", "wiki", ""), grant("h", "tried", ", mode: Shadow"))
+		l.try("kind: Nonsense\n")
+		l.wantPublished(1)
+		if s := l.State(); len(s.Shadow) == 0 || !l.tries("wiki") || !l.tries("tried") || l.reads("tried") {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
+// Grants of the folder begin and end by the clock, too.
+func TestShadowFolderInTime(t *testing.T) {
+	run(t, func(l *line) {
+		start := time.Now()
+		l.edit(endpoints(), grant("g", "wiki", ""))
+		l.try(grant("g", "wiki", start.Add(time.Hour).UTC().Format(", notBefore: '"+time.RFC3339+"'")))
+		time.Sleep(time.Hour - time.Nanosecond)
+		synctest.Wait()
+		if !l.reads("wiki") || l.tries("wiki") {
+			t.Error("it begins too early")
+		}
+		time.Sleep(time.Nanosecond)
+		synctest.Wait()
+		if !l.reads("wiki") || !l.tries("wiki") {
+			t.Error("it does not begin")
+		}
+	})
 }

@@ -32,8 +32,12 @@ type Config struct {
 	Endpoints   []Endpoint
 	Workloads   []Workload
 	Grants      []Grant
-	Federated   []TrustDomain // the other trust domains whose members can be authenticated
-	Issuers     []TokenIssuer // whose tokens can be
+	// Shadow are the grants of a shadow folder: what would be enforced instead of Grants, and is only recorded. They
+	// count if ShadowFolder; else there is no such folder, and grants in Shadow mode are tried beside the others.
+	Shadow       []Grant
+	ShadowFolder bool
+	Federated    []TrustDomain // the other trust domains whose members can be authenticated
+	Issuers      []TokenIssuer // whose tokens can be
 }
 
 // Endpoint returns the endpoint of this name, or nil.
@@ -98,9 +102,11 @@ type Endpoint struct {
 	Backends  []Backend // at least one
 	// Models says which backends serve which model. Empty: every model goes to every backend.
 	Models []Model
-	// Database is where a Chroma collection lives whose name says no more.
+	// Database is where collections live: of Chroma a tenant and a database, of Milvus a database, of Weaviate a tenant.
 	Database Database
-	Tokens   *Tokens // nil: callers have client certificates, all of them
+	// Templates are paths of an HTTP endpoint that are one resource each, as in "/users/{id}/orders", sorted.
+	Templates []string
+	Tokens    *Tokens // nil: callers have client certificates, all of them
 }
 
 // ModelNames are the names and aliases of all models, which then are all resources that there are; nil: unknown.
@@ -116,6 +122,7 @@ func (e *Endpoint) ModelNames() []string {
 type Backend struct {
 	Name      BackendName
 	Addresses []Address // at least one
+	GRPC      []Address // where it speaks gRPC, if that is elsewhere
 	TLS       BackendTLS
 }
 
@@ -185,14 +192,21 @@ type Grant struct {
 	Mode   Mode
 	From   []Caller // who; workloads and label selectors are already resolved to SPIFFE IDs
 	To     []Target // what
+	// NotBefore is the first moment at which the grant holds; zero: it always has.
+	NotBefore time.Time
 	// Expires is the first moment at which the grant no longer holds; zero: it never ends.
 	Expires time.Time
-	Pos     Pos // where the user wrote it
+	// Windows are when it holds in between: within any of them; none: always.
+	Windows []Window
+	// Who answers for the grant, why it is there, and where that was agreed; without any effect.
+	Owner, Reason, Ticket string
+	Pos                   Pos // where the user wrote it
 }
 
-// Says reports whether the other grant says the same; where it stands does not matter.
+// Says reports whether the other grant says the same; where it stands and who answers for it does not matter.
 func (g *Grant) Says(other *Grant) bool {
-	return g.Name == other.Name && g.Effect == other.Effect && g.Mode == other.Mode && g.Expires.Equal(other.Expires) &&
+	return g.Name == other.Name && g.Effect == other.Effect && g.Mode == other.Mode &&
+		g.NotBefore.Equal(other.NotBefore) && g.Expires.Equal(other.Expires) && g.SameWindows(other) &&
 		slices.Equal(g.From, other.From) &&
 		slices.EqualFunc(g.To, other.To, func(a, b Target) bool {
 			return a.Endpoint == b.Endpoint && slices.Equal(a.Operations, b.Operations) && slices.Equal(a.Resources, b.Resources)

@@ -154,40 +154,6 @@ func TestProblem(t *testing.T) {
 	}
 }
 
-// Every route asks for an operation that can be answered, and says where its resource is.
-func TestRoutes(t *testing.T) {
-	for _, p := range Protocols() {
-		names, paths := map[string]bool{}, map[string]bool{}
-		for _, r := range p.Routes() {
-			if names[r.Name] || paths[r.Method+r.Path] {
-				t.Errorf("%s: %s is there twice", p, r.Name)
-			}
-			names[r.Name], paths[r.Method+r.Path] = true, true
-			implied := r.Operation == Discover || r.Operation == Enter
-			if !implied && !slices.Contains(p.Operations(), r.Operation) {
-				t.Errorf("%s: %s asks for %s, which no grant can name", p, r.Name, r.Operation)
-			}
-			if (r.Operation == Enter) != (r.Resource == NoResource) {
-				t.Errorf("%s: %s is %s of %q", p, r.Name, r.Operation, r.Resource)
-			}
-			if path, isPath := strings.CutPrefix(string(r.Resource), "path:"); isPath && strings.Count(r.Path, "{name") != 1 {
-				t.Errorf("%s: %s has no %s in %s", p, r.Name, path, r.Path)
-			}
-			if strings.HasPrefix(string(r.Resource), "body:") && r.Method != "POST" {
-				t.Errorf("%s: %s has a body in a %s", p, r.Name, r.Method)
-			}
-		}
-		for _, o := range p.Operations() {
-			if !slices.Contains(Operations(), o) || !slices.ContainsFunc(p.Routes(), func(r Route) bool { return r.Operation == o }) {
-				t.Errorf("%s: nothing asks for %s", p, o)
-			}
-		}
-	}
-	if Protocol("").Operations() != nil || Protocol("").Routes() != nil {
-		t.Error("no protocol has routes")
-	}
-}
-
 func TestTokenCaller(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("x.org")
 	for subject, want := range map[string]string{

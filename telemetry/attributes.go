@@ -11,6 +11,7 @@ const (
 	GenAIOutputTokens  = "gen_ai.usage.output_tokens"
 
 	// OpenTelemetry semantic conventions for databases.
+	DBSystemName     = "db.system.name"
 	DBCollectionName = "db.collection.name"
 	DBOperationName  = "db.operation.name"
 

@@ -39,6 +39,7 @@ func Assemble(docs []Document, o Options) (segment.Config, segment.Problems) {
 		labelled:  make(map[label][]*segment.Workload),
 		federated: make(map[spiffeid.TrustDomain]*segment.TrustDomain),
 		issuers:   make(map[string]struct{}),
+		zones:     make(map[string]*time.Location),
 	}
 	config := segment.Config{TrustDomain: o.TrustDomain}
 	if o.Gateway != nil {
@@ -91,6 +92,24 @@ func Assemble(docs []Document, o Options) (segment.Config, segment.Problems) {
 	return config, nil
 }
 
+// AssembleShadow makes the grants of a shadow folder: those that would be in force if its documents took the place of the
+// enforced documents. Of these, it goes on with all but the grants, and but those that the folder has by the same kind and
+// name. They should be good by themselves. If anything is wrong it returns all problems and no grants.
+func AssembleShadow(enforced, shadow []Document, o Options) ([]segment.Grant, segment.Problems) {
+	replaced := make(map[documentName]bool, len(shadow))
+	for i := range shadow {
+		replaced[documentName{shadow[i].Kind, shadow[i].Metadata.Name}] = true
+	}
+	together := slices.Clone(shadow)
+	for _, d := range enforced {
+		if d.Kind != KindGrant && !replaced[documentName{d.Kind, d.Metadata.Name}] {
+			together = append(together, d)
+		}
+	}
+	config, problems := Assemble(together, o)
+	return config.Grants, problems
+}
+
 // assembler is one call of Assemble.
 type assembler struct {
 	Options
@@ -112,6 +131,7 @@ type assembler struct {
 	federated   map[spiffeid.TrustDomain]*segment.TrustDomain
 	unfederated bool                // something is wrong with a TrustDomain, so that one which is nowhere may be that
 	issuers     map[string]struct{} // the names of TokenIssuers, also of those that something is wrong with
+	zones       map[string]*time.Location
 }
 
 type documentName struct {

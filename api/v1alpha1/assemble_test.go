@@ -2,12 +2,14 @@ package v1alpha1
 
 import (
 	"flag"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+	_ "time/tzdata" // the test needs no time zones of the machine
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/rogpeppe/go-internal/txtar"
@@ -71,6 +73,7 @@ func same() []cmp.Option {
 		cmp.Comparer(func(a, b spiffeid.TrustDomain) bool { return a == b }),
 		cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }),
 		cmp.Comparer(func(a, b segment.Caller) bool { return a == b }),
+		cmp.Comparer(func(a, b *time.Location) bool { return a.String() == b.String() }),
 	}
 }
 
@@ -91,6 +94,10 @@ func TestAssemble(t *testing.T) {
 			t.Fatal(err)
 		}
 		return c
+	}
+	berlin, err := time.LoadLocation("Europe/Berlin")
+	if err != nil {
+		t.Fatal(err)
 	}
 	want := segment.Config{
 		TrustDomain: testOptions().TrustDomain,
@@ -132,18 +139,25 @@ func TestAssemble(t *testing.T) {
 				{Endpoint: "chat", Operations: []segment.Operation{segment.Embed, segment.Infer}, Resources: []segment.Pattern{"small", "smollm2"}},
 				{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"handbook", "public-*"}},
 			},
-			Expires: time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
-			Pos:     segment.Pos{File: "good.yaml", Line: 54, Column: 1},
+			NotBefore: time.Date(2026, 6, 30, 22, 0, 0, 0, time.UTC),
+			Expires:   time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC),
+			Windows: []segment.Window{
+				{Days: []time.Weekday{time.Monday, time.Tuesday}, From: 8 * 60, To: 18 * 60, Zone: berlin},
+				{Days: []time.Weekday{0, 1, 2, 3, 4, 5, 6}, From: 22*60 + 30, To: 24 * 60, Zone: time.UTC},
+				{Days: []time.Weekday{time.Saturday}, From: 23 * 60, To: 6*60 + 30, Zone: time.UTC},
+			},
+			Owner: "search@example.org", Reason: "the search team answers questions", Ticket: "SEC-1234",
+			Pos: segment.Pos{File: "good.yaml", Line: 54, Column: 1},
 		}, {
 			Name: "not-payroll", Effect: segment.Deny, Mode: segment.Shadow,
 			From: []segment.Caller{caller("spiffe://example.org/rag-app")},
 			To:   []segment.Target{{Endpoint: "docs", Operations: []segment.Operation{segment.Read}, Resources: []segment.Pattern{"*"}}},
-			Pos:  segment.Pos{File: "good.yaml", Line: 72, Column: 1},
+			Pos:  segment.Pos{File: "good.yaml", Line: 80, Column: 1},
 		}, {
 			Name: "with-tokens", Effect: segment.Allow, Mode: segment.Enforce,
 			From: []segment.Caller{caller("spiffe://oidc.example.org/*"), caller("spiffe://oidc.example.org/corp/bob"), caller("spiffe://oidc.example.org/guests/*")},
 			To:   []segment.Target{{Endpoint: "chat", Operations: []segment.Operation{segment.Infer}, Resources: []segment.Pattern{"small"}}},
-			Pos:  segment.Pos{File: "good.yaml", Line: 76, Column: 1},
+			Pos:  segment.Pos{File: "good.yaml", Line: 84, Column: 1},
 		}},
 		Issuers: []segment.TokenIssuer{
 			{Name: "corp", Issuer: "https://login.corp.example", JWKSURI: "https://[2001:db8::1]:8443/keys?of=all", CAFile: "/etc/sallyport/corp-ca.pem",
@@ -198,5 +212,51 @@ func TestNoConfigurationOfUnreadableDocuments(t *testing.T) {
 		if _, problems := Assemble([]Document{d}, testOptions()); len(problems) != 1 {
 			t.Errorf("%+v: problems %v", d, problems)
 		}
+	}
+}
+
+// The grants of a shadow folder are those of the documents that there would be if the folder were enforced.
+func TestAssembleShadow(t *testing.T) {
+	workload := func(name, path, team string) string {
+		return "---\napiVersion: sallyport.dev/v1alpha1\nkind: Workload\nmetadata: {name: " + name + ", labels: {team: " + team + "}}\n" +
+			"spec: {spiffeID: 'spiffe://example.org/" + path + "', selectors: ['unix:uid:1']}\n"
+	}
+	endpoint := func(models string) string {
+		return "---\napiVersion: sallyport.dev/v1alpha1\nkind: Endpoint\nmetadata: {name: chat}\nspec: {hostnames: [chat.internal], protocol: OpenAI, " +
+			"backends: [{name: b, addresses: ['127.0.0.1:1'], tls: {mode: None}}], models: [" + models + "]}\n"
+	}
+	grant := func(name, from, model string) string {
+		return "---\napiVersion: sallyport.dev/v1alpha1\nkind: Grant\nmetadata: {name: " + name + "}\n" +
+			"spec: {from: [{" + from + "}], to: [{endpoint: chat, operations: [Infer], resources: [" + model + "]}]}\n"
+	}
+	const search = "workloadSelector: {matchLabels: {team: search}}"
+	enforced := Decode("enforced", []byte(endpoint("{name: small}")+workload("a", "a", "search")+workload("b", "b", "ml")+grant("g", search, "small")+grant("h", search, "small")))
+	for _, c := range []struct{ what, shadow, want string }{
+		{"nothing", "", ""},
+		{"a grant by the name of an enforced one", grant("g", "workload: b", "small"), "g [spiffe://example.org/b]"},
+		{"a workload more", workload("c", "c", "search") + grant("n", search, "small"), "n [spiffe://example.org/a spiffe://example.org/c]"},
+		{"a workload with other labels", workload("b", "b", "search") + grant("n", search, "small"), "n [spiffe://example.org/a spiffe://example.org/b]"},
+		{"a workload with another ID", workload("a", "z", "search") + grant("n", "workload: a", "small"), "n [spiffe://example.org/z]"},
+		{"an endpoint with another model", endpoint("{name: large}") + grant("n", "workload: a", "large"), "n [spiffe://example.org/a]"},
+		{"a model that is there no more", endpoint("{name: large}") + grant("n", "workload: a", "small"), "shadow:11:86: unknown-model"},
+		{"a model that is nowhere", grant("n", "workload: a", "large"), "shadow:6:86: unknown-model"},
+		{"the ID of another workload", workload("c", "a", "search"), "shadow:6:18: duplicate-spiffe-id"},
+		{"text", "effect: Deny\n", "unknown-field"},
+		{"half a document", strings.TrimSuffix(grant("n", "workload: a", "small"), "}\n"), "syntax"},
+	} {
+		var got strings.Builder
+		grants, problems := AssembleShadow(enforced, Decode("shadow", []byte("# nothing\n"+c.shadow)), testOptions())
+		for _, g := range grants {
+			got.WriteString(string(g.Name) + " " + fmt.Sprint(g.From))
+		}
+		for _, p := range problems {
+			got.WriteString(p.Pos.String() + ": " + p.Code + " ")
+		}
+		if !strings.Contains(got.String(), c.want) || (c.want == "") != (got.String() == "") || len(problems) > 0 && grants != nil {
+			t.Errorf("%s: %s, not %s", c.what, got.String(), c.want)
+		}
+	}
+	if config, problems := Assemble(enforced, testOptions()); problems != nil || len(config.Grants) != 2 {
+		t.Errorf("the enforced documents have changed: %+v, %v", config, problems)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"path"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -24,11 +25,12 @@ func (a *assembler) endpoint(d *Document, spec *EndpointSpec) segment.Endpoint {
 		Labels:    d.Metadata.Labels,
 		Hostnames: a.hostnames(d, spec.Hostnames),
 		Protocol:  spec.Protocol,
-		Backends:  a.backends(d, spec.Backends),
+		Backends:  a.backends(d, spec),
 	}
 	known := &endpoint{protocol: spec.Protocol, operations: spec.Protocol.Operations()}
 	e.Models, known.models = a.models(d, spec, e.Backends)
 	e.Database = a.database(d, spec)
+	e.Templates = a.templates(d, spec)
 	if spec.Tokens != nil {
 		e.Tokens = a.tokens(d, spec.Tokens, e.Hostnames)
 		known.issuers = spec.Tokens.Issuers
@@ -58,9 +60,9 @@ func (a *assembler) hostnames(d *Document, written []string) []string {
 	return hosts
 }
 
-func (a *assembler) backends(d *Document, written []Backend) []segment.Backend {
+func (a *assembler) backends(d *Document, spec *EndpointSpec) []segment.Backend {
 	var backends []segment.Backend
-	for i, w := range written {
+	for i, w := range spec.Backends {
 		at := fmt.Sprintf("spec.backends[%d]", i)
 		b := segment.Backend{Name: segment.BackendName(w.Name)}
 		if !isLabel(w.Name) {
@@ -69,26 +71,46 @@ func (a *assembler) backends(d *Document, written []Backend) []segment.Backend {
 		if slices.ContainsFunc(backends, func(o segment.Backend) bool { return o.Name == b.Name }) {
 			a.report(d, "duplicate-name", at+".name", fmt.Sprintf("is %q, the name of another backend", w.Name), "give each its own name")
 		}
-		for j, s := range w.Addresses {
-			address, why := parseAddress(s)
-			switch {
-			case why != "":
-				a.report(d, "bad-address", fmt.Sprintf("%s.addresses[%d]", at, j), fmt.Sprintf("is %q: %s", s, why),
-					"write host:port, like 127.0.0.1:8080, [::1]:8080 or model.internal:443")
-			case slices.Contains(b.Addresses, address):
-				a.report(d, "duplicate-address", fmt.Sprintf("%s.addresses[%d]", at, j), fmt.Sprintf("is %q, which stands here already", s), "keep one of the two")
-			default:
-				b.Addresses = append(b.Addresses, address)
-			}
-		}
-		slices.SortFunc(b.Addresses, func(a, b segment.Address) int {
-			return cmp.Or(cmp.Compare(a.Host, b.Host), cmp.Compare(a.Port, b.Port))
-		})
-		b.TLS = a.tls(d, at+".tls", w.TLS, b.Addresses)
+		b.Addresses = a.addresses(d, at+".addresses", w.Addresses)
+		b.GRPC = a.grpcAddresses(d, at+".grpcAddresses", spec.Protocol, w.GRPCAddresses, b.Addresses)
+		b.TLS = a.tls(d, at+".tls", w.TLS, slices.Concat(b.Addresses, b.GRPC))
 		backends = append(backends, b)
 	}
 	slices.SortFunc(backends, func(a, b segment.Backend) int { return cmp.Compare(a.Name, b.Name) })
 	return backends
+}
+
+func (a *assembler) addresses(d *Document, at string, written []string) []segment.Address {
+	var addresses []segment.Address
+	for i, s := range written {
+		address, why := parseAddress(s)
+		switch {
+		case why != "":
+			a.report(d, "bad-address", fmt.Sprintf("%s[%d]", at, i), fmt.Sprintf("is %q: %s", s, why),
+				"write host:port, like 127.0.0.1:8080, [::1]:8080 or model.internal:443")
+		case slices.Contains(addresses, address):
+			a.report(d, "duplicate-address", fmt.Sprintf("%s[%d]", at, i), fmt.Sprintf("is %q, which stands here already", s), "keep one of the two")
+		default:
+			addresses = append(addresses, address)
+		}
+	}
+	slices.SortFunc(addresses, func(a, b segment.Address) int {
+		return cmp.Or(cmp.Compare(a.Host, b.Host), cmp.Compare(a.Port, b.Port))
+	})
+	return addresses
+}
+
+// grpcAddresses are where a backend speaks gRPC. Milvus does where it speaks HTTP, unless it is said otherwise.
+func (a *assembler) grpcAddresses(d *Document, at string, p segment.Protocol, written []string, addresses []segment.Address) []segment.Address {
+	switch {
+	case p == segment.Qdrant, p == segment.Weaviate, p == segment.Milvus && written != nil:
+		return a.addresses(d, at, written)
+	case written != nil:
+		a.report(d, "not-in-protocol", at, fmt.Sprintf("means nothing in protocol %s", p), "leave it out")
+	case p == segment.Milvus, p == segment.GRPC:
+		return addresses
+	}
+	return nil
 }
 
 // tls checks how a backend is spoken to. Nothing is sent in clear text over a network, and no certificate is
@@ -158,7 +180,7 @@ func onlyName(addresses []segment.Address) string {
 
 // models returns the models, and all names that lead to one.
 func (a *assembler) models(d *Document, spec *EndpointSpec, backends []segment.Backend) ([]segment.Model, []string) {
-	if len(spec.Models) > 0 && spec.Protocol != segment.OpenAI {
+	if len(spec.Models) > 0 && !slices.Contains([]segment.Protocol{segment.OpenAI, segment.Anthropic, segment.Gemini}, spec.Protocol) {
 		a.report(d, "not-in-protocol", "spec.models", fmt.Sprintf("means nothing in protocol %s", spec.Protocol), "leave it out")
 	}
 	var all []segment.BackendName
@@ -223,22 +245,81 @@ func (a *assembler) oneWay(d *Document, at string, backends []segment.Backend, s
 }
 
 func (a *assembler) database(d *Document, spec *EndpointSpec) segment.Database {
-	if spec.Protocol != segment.Chroma {
+	var w Database
+	if spec.Database != nil {
+		w = *spec.Database
+	}
+	db := segment.Database{Tenant: w.Tenant, Name: w.Name}
+	tenant, name := true, true // may be named
+	switch spec.Protocol {
+	case segment.Chroma:
+		db = segment.Database{Tenant: cmp.Or(w.Tenant, "default_tenant"), Name: cmp.Or(w.Name, "default_database")}
+	case segment.Milvus:
+		db.Name, tenant = cmp.Or(w.Name, "default"), false
+	case segment.Weaviate:
+		name = false
+	default:
 		if spec.Database != nil {
 			a.report(d, "not-in-protocol", "spec.database", fmt.Sprintf("means nothing in protocol %s", spec.Protocol), "leave it out")
 		}
 		return segment.Database{}
 	}
-	var w Database
-	if spec.Database != nil {
-		w = *spec.Database
-	}
-	db := segment.Database{Tenant: cmp.Or(w.Tenant, "default_tenant"), Name: cmp.Or(w.Name, "default_database")}
-	for _, f := range [][2]string{{"tenant", db.Tenant}, {"name", db.Name}} {
+	for _, f := range []struct {
+		field, value string
+		may          bool
+	}{{"tenant", db.Tenant, tenant}, {"name", db.Name, name}} {
+		switch {
+		case f.value == "":
+		case !f.may:
+			a.report(d, "not-in-protocol", "spec.database."+f.field, fmt.Sprintf("means nothing in protocol %s", spec.Protocol), "leave it out")
 		// It becomes a segment of a path, and two spellings of one path would be two answers to one question.
-		if strings.Trim(f[1], nameLetters) != "" || strings.Trim(f[1], ".") == "" {
-			a.report(d, "bad-name", "spec.database."+f[0], fmt.Sprintf("is %q", f[1]), "use letters, digits, dots, dashes and underscores")
+		case strings.Trim(f.value, nameLetters) != "" || strings.Trim(f.value, ".") == "":
+			a.report(d, "bad-name", "spec.database."+f.field, fmt.Sprintf("is %q", f.value), "use letters, digits, dots, dashes and underscores")
 		}
 	}
 	return db
 }
+
+// pathTemplate is what a template looks like: Envoy's URI templates, as far as names in them are of one segment, or of all the rest.
+var pathTemplate = regexp.MustCompile(`^(/([A-Za-z0-9._~!$&'()+,=:@-]+|\{[a-z][a-z0-9_]{0,15}\}))*(/|/\{[a-z][a-z0-9_]{0,15}=\*\*\})?$`)
+
+// maxVariables is how many Envoy takes in a template.
+const maxVariables = 5
+
+// templates are the paths that are one resource each, the more literal ones first, so that the first that fits is the one.
+func (a *assembler) templates(d *Document, spec *EndpointSpec) []string {
+	if len(spec.Paths) > 0 && spec.Protocol != segment.HTTP {
+		a.report(d, "not-in-protocol", "spec.paths", fmt.Sprintf("means nothing in protocol %s", spec.Protocol), "leave it out")
+		return nil
+	}
+	var templates []string
+	for i, path := range spec.Paths {
+		at := fmt.Sprintf("spec.paths[%d]", i)
+		variables := variable.FindAllString(path, -1)
+		first := slices.IndexFunc(templates, func(other string) bool { return fitness(other) == fitness(path) })
+		switch {
+		case !pathTemplate.MatchString(path) || path == "" || len(path) > 256 || strings.Contains(path, "/./") || strings.Contains(path, "/../"):
+			a.report(d, "bad-value", at, fmt.Sprintf("is %q", clip(path)), "write a path like /users/{id}/orders, or /static/{rest=**} for all below one")
+		case len(variables) > maxVariables || len(slices.Compact(slices.Sorted(slices.Values(variables)))) < len(variables):
+			a.report(d, "bad-value", at, fmt.Sprintf("is %q", clip(path)), fmt.Sprintf("use at most %d variables, each once", maxVariables))
+		case first >= 0:
+			a.report(d, "duplicate-path", at, fmt.Sprintf("is %q, which fits what %q fits", path, templates[first]), "keep one of the two")
+		default:
+			templates = append(templates, path)
+		}
+	}
+	slices.SortFunc(templates, func(a, b string) int { return cmp.Compare(fitness(a), fitness(b)) })
+	return templates
+}
+
+// fitness is what a template is without the names of its variables: equal if two fit the same paths. Of two that fit one path,
+// that of the more literal one is less.
+func fitness(path string) string {
+	return oneSegment.ReplaceAllString(allTheRest.ReplaceAllString(path, "\x7f\x7f"), "\x7f")
+}
+
+var (
+	variable   = regexp.MustCompile(`\{[a-z0-9_]+`)
+	oneSegment = regexp.MustCompile(`\{[a-z0-9_]+\}`)
+	allTheRest = regexp.MustCompile(`\{[a-z0-9_]+=\*\*\}`)
+)

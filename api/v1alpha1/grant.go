@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -17,11 +19,18 @@ func (a *assembler) grant(d *Document, spec *GrantSpec) segment.Grant {
 		Name:   segment.GrantName(d.Metadata.Name),
 		Effect: cmp.Or(spec.Effect, segment.Allow),
 		Mode:   cmp.Or(spec.Mode, segment.Enforce),
+		Owner:  spec.Owner,
+		Reason: spec.Reason,
+		Ticket: spec.Ticket,
 		Pos:    d.Pos(""),
+	}
+	if spec.NotBefore != nil {
+		g.NotBefore = *spec.NotBefore
 	}
 	if spec.Expires != nil {
 		g.Expires = *spec.Expires
 	}
+	g.Windows = a.windows(d, spec.Windows)
 	for i := range spec.From {
 		g.From = append(g.From, a.callers(d, i, &spec.From[i])...)
 	}
@@ -35,6 +44,63 @@ func (a *assembler) grant(d *Document, spec *GrantSpec) segment.Grant {
 		return cmp.Or(cmp.Compare(a.Endpoint, b.Endpoint), slices.Compare(a.Operations, b.Operations), slices.Compare(a.Resources, b.Resources))
 	})
 	return g
+}
+
+// days are the days of the week as users write them, by their time.Weekday.
+var days = []string{"Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"}
+
+// maxWindows is how many a grant may have: nobody can say when one with more of them holds.
+const maxWindows = 50
+
+func (a *assembler) windows(d *Document, windows []Window) []segment.Window {
+	if len(windows) > maxWindows {
+		a.report(d, "too-large", "spec.windows", fmt.Sprintf("has %d items, and may have %d", len(windows), maxWindows), "write several grants")
+		return nil
+	}
+	var all []segment.Window
+	for i := range windows {
+		all = append(all, a.window(d, i, &windows[i]))
+	}
+	return all
+}
+
+// window reads one entry of spec.windows.
+func (a *assembler) window(d *Document, i int, window *Window) segment.Window {
+	at := func(field string) string { return fmt.Sprintf("spec.windows[%d].%s", i, field) }
+	clock := func(field, s string) segment.TimeOfDay {
+		t, err := segment.ParseTimeOfDay(s)
+		if err != nil || field == "from" && s == "24:00" {
+			a.report(d, "bad-value", at(field), fmt.Sprintf("is %q, and must be a time of day", clip(s)),
+				`write it with two digits each, like "08:00"; only the end can be "24:00"`)
+		}
+		return t
+	}
+	w := segment.Window{From: clock("from", window.From), To: clock("to", window.To), Zone: a.zone(d, at("timeZone"), cmp.Or(window.TimeZone, "UTC"))}
+	if window.From == window.To {
+		a.report(d, "bad-value", at("to"), fmt.Sprintf("is %q, and so is from", window.To), `for the whole day write from: "00:00" and to: "24:00"`)
+	}
+	for weekday, day := range days {
+		if window.Days == nil || slices.Contains(window.Days, Day(day)) {
+			w.Days = append(w.Days, time.Weekday(weekday))
+		}
+	}
+	return w
+}
+
+// zone reads the name of a time zone: UTC, or one that is called after a place, which means the same on every machine.
+func (a *assembler) zone(d *Document, field, name string) *time.Location {
+	if known := a.zones[name]; known != nil {
+		return known
+	}
+	area, place, _ := strings.Cut(name, "/")
+	zone, err := time.LoadLocation(name)
+	if err != nil || path.Clean(name) != name || name != "UTC" && (place == "" || area == "posix" || area == "right") {
+		a.report(d, "bad-time-zone", field, fmt.Sprintf("is %q, and must be UTC or a time zone of the IANA database", clip(name)),
+			"write it after a place, like Europe/Berlin")
+		return nil
+	}
+	a.zones[name] = zone
+	return zone
 }
 
 // callers resolves one entry of spec.from.

@@ -53,6 +53,8 @@ func allowed(t reflect.Type) []string {
 		return texts([]segment.Effect{segment.Allow, segment.Deny})
 	case reflect.TypeFor[segment.Mode]():
 		return texts([]segment.Mode{segment.Enforce, segment.Shadow})
+	case reflect.TypeFor[Day]():
+		return days
 	case reflect.TypeFor[segment.EndpointProfile]():
 		return texts([]segment.EndpointProfile{segment.HTTPSWeb, segment.HTTPSSPIFFE})
 	case reflect.TypeFor[segment.TLSMode]():

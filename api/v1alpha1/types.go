@@ -3,7 +3,7 @@
 //
 // It is for whatever brings documents (files, the Kubernetes API) and for whoever checks them offline. It is
 // strict: what it does not know it refuses, so that no field is ever accepted and ignored. It is pure: it opens
-// no file and reads no clock. It never returns a part of a configuration: all problems of all documents are
+// no file, but for the rules of time zones, and reads no clock. It never returns a part of a configuration: all problems of all documents are
 // reported at once, and as long as there is one there is no configuration.
 //
 // A field without ",omitempty" is required. Nothing that is written may be empty.
@@ -46,8 +46,9 @@ type EndpointSpec struct {
 	Hostnames []string         `json:"hostnames"` // DNS names, in any case
 	Protocol  segment.Protocol `json:"protocol"`
 	Backends  []Backend        `json:"backends"`
-	Models    []Model          `json:"models,omitempty"`   // OpenAI only; none: every model on every backend
-	Database  *Database        `json:"database,omitempty"` // Chroma only
+	Models    []Model          `json:"models,omitempty"`   // where resources are models; none: every model on every backend
+	Database  *Database        `json:"database,omitempty"` // Chroma, Milvus, Weaviate
+	Paths     []string         `json:"paths,omitempty"`    // HTTP only: templates, as in "/users/{id}/orders", that are one resource each
 	Tokens    *Tokens          `json:"tokens,omitempty"`   // none: callers have client certificates, all of them
 }
 
@@ -62,7 +63,9 @@ type Tokens struct {
 type Backend struct {
 	Name      string   `json:"name"`
 	Addresses []string `json:"addresses"` // "host:port", "[2001:db8::1]:port"
-	TLS       TLS      `json:"tls"`
+	// GRPCAddresses are where it speaks gRPC: Qdrant, Weaviate; Milvus, by default at its addresses.
+	GRPCAddresses []string `json:"grpcAddresses,omitempty"`
+	TLS           TLS      `json:"tls"`
 }
 
 // TLS says how a gateway speaks to a backend. A field that does not belong to the mode is refused.
@@ -82,8 +85,8 @@ type Model struct {
 
 // Database is where collections live.
 type Database struct {
-	Tenant string `json:"tenant,omitempty"` // default: default_tenant
-	Name   string `json:"name,omitempty"`   // default: default_database
+	Tenant string `json:"tenant,omitempty"` // Chroma, default: default_tenant; Weaviate, default: every tenant
+	Name   string `json:"name,omitempty"`   // Chroma, default: default_database; Milvus, default: default
 }
 
 // WorkloadSpec is who may hold an identity; see segment.Workload.
@@ -107,12 +110,28 @@ type GatewaySpec struct {
 
 // GrantSpec says what some callers may do; see segment.Grant.
 type GrantSpec struct {
-	Effect  segment.Effect `json:"effect,omitempty"` // default: Allow
-	Mode    segment.Mode   `json:"mode,omitempty"`   // default: Enforce
-	From    []From         `json:"from"`
-	To      []To           `json:"to"`
-	Expires *time.Time     `json:"expires,omitempty"` // RFC 3339; from this moment on the grant does not hold
+	Effect    segment.Effect `json:"effect,omitempty"` // default: Allow
+	Mode      segment.Mode   `json:"mode,omitempty"`   // default: Enforce
+	From      []From         `json:"from"`
+	To        []To           `json:"to"`
+	NotBefore *time.Time     `json:"notBefore,omitempty"` // RFC 3339; before this moment the grant does not hold
+	Expires   *time.Time     `json:"expires,omitempty"`   // RFC 3339; from this moment on the grant does not hold
+	Windows   []Window       `json:"windows,omitempty"`   // in between it holds within any of these; default: always
+	Owner     string         `json:"owner,omitempty"`     // who answers for it
+	Reason    string         `json:"reason,omitempty"`
+	Ticket    string         `json:"ticket,omitempty"` // where that was agreed
 }
+
+// Window is a part of each week; see segment.Window.
+type Window struct {
+	Days     []Day  `json:"days,omitempty"`     // on which it begins; default: all
+	From     string `json:"from"`               // "08:00"
+	To       string `json:"to"`                 // "18:00", "24:00"; if earlier than from, on the next day
+	TimeZone string `json:"timeZone,omitempty"` // of the IANA database, "Europe/Berlin"; default: UTC
+}
+
+// Day is a day of the week, in the three letters of RFC 5322, 3.3.
+type Day string
 
 // TrustDomainSpec is another trust domain that is federated with; see segment.TrustDomain.
 type TrustDomainSpec struct {

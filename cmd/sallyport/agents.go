@@ -44,6 +44,7 @@ type agentInfo struct {
 	Attested string      `json:"attested,omitempty"`
 	LastSeen time.Time   `json:"last_seen,omitzero"`
 	Expires  time.Time   `json:"expires,omitzero"`
+	Root     string      `json:"root,omitempty"` // below which its SVID stands, as `ca show` has it
 	Revoked  bool        `json:"revoked,omitempty"`
 }
 
@@ -61,6 +62,7 @@ func (a *agentInfo) state(now time.Time) string {
 // actions are what operators may do with a running control plane.
 func (p *plane) actions() map[string]func(url.Values) (any, error) {
 	all := p.caActions()
+	all["GET /policy"] = p.policyAction
 	fleet := map[string]func(url.Values) (any, error){
 		"POST /tokens": func(q url.Values) (any, error) {
 			ttl, err := time.ParseDuration(q.Get("ttl"))
@@ -93,7 +95,7 @@ func (p *plane) actions() map[string]func(url.Values) (any, error) {
 		"GET /agents": func(url.Values) (any, error) {
 			list := []agentInfo{}
 			for _, a := range p.nodes.Agents() {
-				list = append(list, agentInfo{a.ID, a.Attested, a.LastSeen, a.Expires, a.Revoked})
+				list = append(list, agentInfo{a.ID, a.Attested, a.LastSeen, a.Expires, a.Root, a.Revoked})
 			}
 			return list, nil
 		},
@@ -238,9 +240,10 @@ func agentsCommand() *cobra.Command {
 			}
 			return o.print(cmd.OutOrStdout(), agents, func() error {
 				w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
-				fmt.Fprintln(w, "AGENT\tATTESTED BY\tLAST SEEN\tSVID ENDS\tSTATE")
+				fmt.Fprintln(w, "AGENT\tATTESTED BY\tLAST SEEN\tSVID ENDS\tROOT\tSTATE")
 				for _, a := range agents {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", a.Agent, cmp.Or(a.Attested, "-"), moment(a.LastSeen), moment(a.Expires), a.state(time.Now()))
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", a.Agent, cmp.Or(a.Attested, "-"), moment(a.LastSeen), moment(a.Expires),
+						cmp.Or(a.Root[:min(16, len(a.Root))], "-"), a.state(time.Now()))
 				}
 				return w.Flush()
 			})

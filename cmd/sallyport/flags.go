@@ -32,6 +32,7 @@ type deployment struct {
 	trustDomain string
 	listen      string
 	svidTTL     time.Duration
+	shadow      string // the shadow folder; empty: none
 }
 
 func (d *deployment) add(flags *pflag.FlagSet) {
@@ -41,6 +42,7 @@ func (d *deployment) add(flags *pflag.FlagSet) {
 
 func (d *deployment) addIdentity(flags *pflag.FlagSet) {
 	flags.StringVar(&d.trustDomain, "trust-domain", "example.org", "trust domain `NAME` of all identities that are issued")
+	flags.StringVar(&d.shadow, "shadow", "", "`DIR` with documents that are tried beside the others: what their grants would decide, in place of those, is recorded")
 	flags.DurationVar(&d.svidTTL, "svid-ttl", time.Hour, "lifetime of X.509-SVIDs; they are renewed at half of it")
 }
 
@@ -89,7 +91,25 @@ func (d *deployment) assemble(path string) (segment.Config, error) {
 	if len(problems) > 0 {
 		return segment.Config{}, problems
 	}
+	if d.shadow == "" {
+		return cfg, nil
+	}
+	if err := apart(path, d.shadow); err != nil {
+		return segment.Config{}, err
+	}
+	if cfg.Shadow, problems = v1alpha1.AssembleShadow(filesource.Read(path), filesource.Read(d.shadow), options); len(problems) > 0 {
+		return segment.Config{}, problems
+	}
+	cfg.ShadowFolder = true
 	return cfg, nil
+}
+
+// apart refuses a shadow folder that is among the documents, or they in it.
+func apart(documents, shadow string) error {
+	if err := filesource.Apart(documents, shadow); err != nil {
+		return usage("put the shadow folder beside the documents, or what it tries would be enforced", "--shadow: %w", err)
+	}
+	return nil
 }
 
 // envoyFlags adds what a gateway's Envoy is started with.

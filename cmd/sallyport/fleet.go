@@ -99,7 +99,8 @@ func (d *door) serve(ctx context.Context, group *errgroup.Group, l net.Listener)
 	d.plane.reports(rpc)
 	server := &http.Server{
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("content-type"), "application/grpc") {
+			asksList := r.Header.Get(envoy.EndpointHeader) != "" // on behalf of a caller, who may speak gRPC
+			if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("content-type"), "application/grpc") && !asksList {
 				rpc.ServeHTTP(w, r)
 			} else {
 				d.catalog(w, r)

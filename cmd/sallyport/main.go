@@ -113,8 +113,8 @@ a trace that says who asked, for what, and which grant let it through or that no
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usage("`"+cmd.CommandPath()+" --help` lists the flags", "%w", err)
 	})
-	root.AddCommand(upCommand(), controlplaneCommand(), agentCommand(), gatewayCommand(), tokenCommand(), agentsCommand(), caCommand(), checkCommand(), explainCommand(), renderCommand(), statusCommand(), flowsCommand(),
-		tracesCommand(), svidCommand(), versionCommand())
+	root.AddCommand(upCommand(), controlplaneCommand(), agentCommand(), gatewayCommand(), tokenCommand(), agentsCommand(), caCommand(), checkCommand(), testCommand(), diffCommand(), explainCommand(), renderCommand(), protocolsCommand(), statusCommand(), flowsCommand(),
+		tracesCommand(), shadowCommand(), suggestCommand(), svidCommand(), versionCommand())
 	return root
 }
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	_ "time/tzdata" // windows of grants name time zones, which not every machine knows
 
 	"github.com/spf13/cobra"
 
@@ -23,40 +24,80 @@ import (
 func checkCommand() *cobra.Command {
 	var d deployment
 	var o output
+	var strict bool
 	cmd := &cobra.Command{
 		Use:   "check DIR",
 		Short: "Check documents: all problems at once",
 		Long: `Check reads the documents of a folder or a file as ` + "`up`" + ` would, makes everything of them that it would make, and
-shows all problems. It changes nothing and asks nobody. Exit status 1 if there is a problem.`,
-		Example: "  sallyport check documents/",
-		Args:    oneDir,
+shows all problems. It also warns of grants that are probably not meant so: that nobody answers for, that are very wide,
+or that change no verdict. It changes nothing and asks nobody. Exit status 1 if there is a problem, or with --strict
+a warning.`,
+		Example: `  sallyport check documents/
+  sallyport check --strict documents/ --shadow shadow/`,
+		Args: oneDir,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			now := time.Now()
 			cfg, err := d.assemble(args[0])
 			var problems segment.Problems
-			if errors.As(err, &problems) && o.format != "text" {
-				if err := o.print(cmd.OutOrStdout(), problems, nil); err != nil {
-					return err
-				}
-				return errProblems
-			}
-			if err != nil {
+			if err != nil && !errors.As(err, &problems) {
 				return err
 			}
-			g, err := controlplane.Generate(cfg, envoy.Learned{}, time.Now())
-			if err != nil {
-				return failed("this is a defect of Sallyport: please report it with your documents", "%w", err)
+			var g *controlplane.Generation
+			var warnings segment.Problems
+			if problems == nil {
+				if g, err = controlplane.Generate(cfg, envoy.Learned{}, now); err != nil {
+					return failed("this is a defect of Sallyport: please report it with your documents", "%w", err)
+				}
+				warnings = authz.Warnings(&cfg, now)
+			}
+			if strict {
+				problems, warnings = append(problems, warnings...), nil
 			}
 			if o.format != "text" {
-				return o.print(cmd.OutOrStdout(), segment.Problems{}, nil)
+				if err := o.print(cmd.OutOrStdout(), findings(problems, warnings), nil); err != nil {
+					return err
+				}
+				if len(problems) > 0 {
+					return errProblems
+				}
+				return nil
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %s, %s, %s: no problems (generation %s)\n", args[0],
-				count(len(cfg.Endpoints), "endpoint"), count(len(cfg.Workloads), "workload"), count(len(cfg.Grants), "grant"), g.Digest.Short())
+			if len(problems) > 0 {
+				return problems
+			}
+			for _, w := range warnings {
+				fmt.Fprintf(cmd.ErrOrStderr(), "sallyport: warning: %s\n", w)
+			}
+			found := "no problems"
+			if len(warnings) > 0 {
+				found += ", " + count(len(warnings), "warning")
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: %s, %s, %s: %s (generation %s)\n", args[0],
+				count(len(cfg.Endpoints), "endpoint"), count(len(cfg.Workloads), "workload"), count(len(cfg.Grants), "grant"), found, g.Digest.Short())
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&strict, "strict", false, "take warnings as problems")
 	d.add(cmd.Flags())
 	o.add(cmd, "text", "json", "yaml")
 	return cmd
+}
+
+// finding is a problem or a warning, as JSON.
+type finding struct {
+	segment.Problem
+	Severity string `json:"severity"` // error or warning
+}
+
+func findings(problems, warnings segment.Problems) []finding {
+	all := []finding{}
+	for _, p := range problems {
+		all = append(all, finding{p, "error"})
+	}
+	for _, w := range warnings {
+		all = append(all, finding{w, "warning"})
+	}
+	return all
 }
 
 func count(n int, of string) string {
@@ -78,19 +119,27 @@ func explainCommand() *cobra.Command {
 	var o output
 	var from, state string
 	var r authz.Request
-	var endpoint, operation string
+	var endpoint, operation, replay string
 	cmd := &cobra.Command{
 		Use:   "explain --caller ID [--endpoint E --operation O --resource R]",
 		Short: "Say what a caller may do, and why",
 		Long: `Explain decides a request as the gateway would and names the grants that decide and those that nearly do. With
 only --caller it lists everything that the caller may do. It asks the running ` + "`up`" + `, or with -f reads documents.
-Exit status 1 if the request is denied.`,
+Exit status 1 if the request is denied. With --replay it decides again what was logged, at the time of the flow: then
+exit status 1 means that the verdict is another.`,
 		Example: `  sallyport explain --caller spiffe://example.org/rag-app
   sallyport explain --caller spiffe://example.org/rag-app --endpoint chat --operation Infer --resource smollm2
-  sallyport explain -f documents/ --caller spiffe://example.org/intern`,
+  sallyport explain -f documents/ --caller spiffe://example.org/intern
+  sallyport flows -o json --since 1h | sallyport explain -f documents/ --replay -`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r.Endpoint, r.Operation = segment.EndpointName(endpoint), segment.Operation(operation)
+			if replay != "" {
+				if r != (authz.Request{}) {
+					return usage("leave --caller, --endpoint, --operation and --resource out: the line says them", "--replay takes the request from the line")
+				}
+				return replayLines(cmd, &d, &o, replay, from, state)
+			}
 			if r.Caller == "" {
 				return usage("name a SPIFFE ID, as in --caller spiffe://example.org/rag-app", "--caller is missing")
 			}
@@ -129,6 +178,7 @@ Exit status 1 if the request is denied.`,
 	cmd.Flags().StringVar(&operation, "operation", "", "`NAME` of what it wants to do, as in Infer")
 	cmd.Flags().StringVar(&r.Resource, "resource", "", "`NAME` of the model or collection; none for Enter")
 	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from `DIR` instead of asking the running control plane")
+	cmd.Flags().StringVar(&replay, "replay", "", "decide again a `LINE` that sallyport flows -o json has written, or all lines of standard input if it is -")
 	stateFlag(cmd.Flags(), &state)
 	d.add(cmd.Flags())
 	o.add(cmd, "text", "json", "yaml")
@@ -208,7 +258,7 @@ func writeExplanation(w io.Writer, ex authz.Explanation) error {
 		if ex.Decision.ShadowAllowed {
 			shadow = "allow"
 		}
-		fmt.Fprintf(w, "  with the shadow grants enforced, %s would %s it\n", ex.Decision.ShadowRule, shadow)
+		fmt.Fprintf(w, "  with what is tried in shadow enforced, %s would %s it\n", ex.Decision.ShadowRule, shadow)
 	}
 	for _, reason := range ex.Deciding {
 		fmt.Fprintf(w, "  grant %s %s (%s)\n", reason.Grant, reason.Says, reason.Pos)

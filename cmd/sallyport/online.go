@@ -77,6 +77,9 @@ func writeStatus(w io.Writer, st operator.Status) error {
 	} else {
 		fmt.Fprintf(t, "generation\tnone yet: everything is denied\n")
 	}
+	if g := st.Generation; g != nil && g.Warnings > 0 {
+		fmt.Fprintf(t, "\t  %s of its grants: see `sallyport check DIR`\n", count(g.Warnings, "warning"))
+	}
 	for _, g := range st.Gateways {
 		fmt.Fprintf(t, "gateway %s\t%s\n", g.Gateway, gatewayState(g.Connected, g.InForce == g.Target, len(g.Rejected), len(g.Pending)))
 		for _, name := range g.Pending[:min(5, len(g.Pending))] {
@@ -113,6 +116,12 @@ func writeStatus(w io.Writer, st operator.Status) error {
 	}
 	if len(st.Problems) > 0 {
 		fmt.Fprintln(w, "The newest documents are not in force; the last good generation is.")
+	}
+	for _, p := range st.Shadow {
+		fmt.Fprintf(w, "problem in the shadow folder: %s\n", p)
+	}
+	if len(st.Shadow) > 0 {
+		fmt.Fprintln(w, "Its newest documents are not tried; the last good ones are.")
 	}
 	if st.Failure != "" {
 		fmt.Fprintf(w, "failure: %s\n", st.Failure)

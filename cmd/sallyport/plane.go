@@ -107,6 +107,7 @@ type plane struct {
 	records      *store.Store
 	forward      *export.Exporter // nil: spans stay here
 	documents    chan v1alpha1.Snapshot
+	tried        chan v1alpha1.Snapshot // of the shadow folder; nil: there is none
 	pipeline     *controlplane.Pipeline
 
 	otlpListener   net.Listener // nil: none
@@ -127,6 +128,11 @@ func newPlane(ctx context.Context, f planeFlags, options v1alpha1.Options, log *
 	}
 	if _, err := os.Stat(f.documents); err != nil {
 		return nil, failed("make the folder first; it may be empty, and then everything is denied", "read documents: %w", err)
+	}
+	if f.shadow != "" {
+		if err := apart(f.documents, f.shadow); err != nil {
+			return nil, err
+		}
 	}
 	if err := f.federation.check(); err != nil {
 		return nil, err
@@ -171,8 +177,11 @@ func (p *plane) open(ctx context.Context) error {
 		Log:     p.log,
 	}
 	p.documents = make(chan v1alpha1.Snapshot)
+	if p.shadow != "" {
+		p.tried = make(chan v1alpha1.Snapshot)
+	}
 	p.pipeline = &controlplane.Pipeline{
-		Options: p.options, Documents: p.documents, Names: names, Keys: p.tokenKeys.changed, Log: p.log,
+		Options: p.options, Documents: p.documents, Shadow: p.tried, Names: names, Keys: p.tokenKeys.changed, Log: p.log,
 	}
 	p.pipeline.Sinks = append(sinks, p.lists)
 	if p.operatorSocket, err = p.state.listen("operator.sock"); err != nil {
@@ -259,6 +268,9 @@ func (p *plane) run(ctx context.Context, about operator.About, start func(group 
 	err := start(group, ctx, serving, stopServing)
 	if err == nil {
 		group.Go(func() error { return filesource.Source{Path: p.planeFlags.documents, Log: p.log}.Run(ctx, p.documents) })
+		if p.tried != nil {
+			group.Go(func() error { return filesource.Source{Path: p.shadow, Log: p.log}.Run(ctx, p.tried) })
+		}
 		group.Go(func() error { return p.pipeline.Run(ctx) })
 		group.Go(func() error { return p.lists.Run(serving) })
 		if p.forward != nil {

@@ -30,7 +30,10 @@ func serveGRPC(ctx context.Context, group *errgroup.Group, s *grpc.Server, l net
 }
 
 func serveHTTP(ctx context.Context, group *errgroup.Group, h http.Handler, l net.Listener) {
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
+	protocols := &http.Protocols{}
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true) // for gateways, whose callers may speak gRPC
+	s := &http.Server{Handler: h, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
 	group.Go(func() error {
 		if err := s.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("serve %s: %w", l.Addr(), err)

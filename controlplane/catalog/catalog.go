@@ -37,7 +37,7 @@ type Catalog struct {
 	published  chan struct{}            // closed when the generation changes
 	names      envoy.Names
 	known      map[segment.EndpointName]*known
-	transports map[segment.BackendTLS]*http.Transport // of this generation
+	transports map[way]*http.Transport // of this generation
 }
 
 // known is what is remembered of an endpoint besides its names. All but changing is guarded by Catalog.mu.
@@ -244,12 +244,59 @@ type question struct {
 	endpoint   *segment.Endpoint
 	route      string
 	generation *controlplane.Generation
+	store      store // behind the endpoint
 }
 
 // may decides about a resource that the gateway did not see.
 func (q *question) may(op segment.Operation, resource string) bool {
 	return authz.Decide(q.generation.Policy, authz.Request{
 		Caller: q.caller, Endpoint: q.endpoint.Name, Operation: op, Resource: resource}).Allowed
+}
+
+// answering is how a route is answered.
+type answering func(*Catalog, http.ResponseWriter, *http.Request, *question)
+
+// answers says how each route is. What is not here is answered by nobody.
+var answers = map[segment.Protocol]map[string]answering{
+	segment.OpenAI: {
+		"list-models":    inJSON(listOpenAI),
+		"retrieve-model": inJSON(retrieveOpenAI),
+	},
+	segment.Anthropic: {
+		"list-models":    inJSON(listAnthropic),
+		"retrieve-model": inJSON(retrieveAnthropic),
+	},
+	segment.Gemini: {
+		"list-models-v1":        inJSON(listGemini),
+		"list-models-v1beta":    inJSON(listGemini),
+		"retrieve-model-v1":     inJSON(retrieveGemini),
+		"retrieve-model-v1beta": inJSON(retrieveGemini),
+	},
+	segment.Chroma: {
+		"list-collections":  inJSON(listChroma),
+		"count-collections": inJSON(countChroma),
+		"create-collection": (*Catalog).tellCollection,
+		"get-collection":    (*Catalog).tellCollection,
+		"modify-collection": (*Catalog).modifyCollection,
+		"delete-collection": (*Catalog).deleteCollection,
+	},
+	segment.Qdrant: {
+		"list-collections":      inJSON(listQdrant),
+		"grpc-list-collections": overGRPC(listQdrantOverGRPC),
+	},
+	segment.Weaviate: {
+		"list-collections": inJSON(listWeaviate),
+	},
+	segment.Milvus: {
+		"list-collections":      inJSON(listMilvus),
+		"grpc-show-collections": overGRPC(listMilvusOverGRPC),
+	},
+	segment.MCP: {
+		"list-tools":     inRPC(mcpTools),
+		"list-prompts":   inRPC(mcpPrompts),
+		"list-resources": inRPC(mcpResources),
+		"list-templates": inRPC(mcpTemplates),
+	},
 }
 
 // ServeHTTP answers gateways.
@@ -259,14 +306,14 @@ func (c *Catalog) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if q.generation != nil {
 		q.endpoint = q.generation.Config.Endpoint(segment.EndpointName(r.Header.Get(envoy.EndpointHeader)))
 	}
-	if q.endpoint == nil || q.caller == "" {
+	var answer answering
+	if q.endpoint != nil && q.caller != "" {
+		q.store = c.storeOf(q.endpoint)
+		answer = answers[q.endpoint.Protocol][q.route]
+	}
+	if answer == nil {
 		http.Error(w, "no gateway asks like this", http.StatusForbidden)
 		return
 	}
-	switch q.endpoint.Protocol {
-	case segment.OpenAI:
-		c.openAI(w, r, q)
-	case segment.Chroma:
-		c.chroma(w, r, q)
-	}
+	answer(c, w, r, q)
 }

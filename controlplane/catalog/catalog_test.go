@@ -541,19 +541,21 @@ func TestNextAddress(t *testing.T) {
 		ctx    context.Context
 		first  segment.Backend
 		method string
+		lists  bool
 		next   bool
 	}{
-		{"breaks off a read", t.Context(), broken, "GET", true},
-		{"breaks off a change", t.Context(), broken, "POST", false},
-		{"is down for a read", t.Context(), down, "GET", true},
-		{"is down for a change", t.Context(), down, "POST", true},
-		{"is asked too late", over, down, "GET", false},
-		{"is beyond the control plane", t.Context(), mutual, "POST", true},
-		{"says too much", t.Context(), huge, "POST", false},
+		{"breaks off a read", t.Context(), broken, "GET", false, true},
+		{"breaks off a change", t.Context(), broken, "POST", false, false},
+		{"breaks off a list", t.Context(), broken, "POST", true, true},
+		{"is down for a read", t.Context(), down, "GET", false, true},
+		{"is down for a change", t.Context(), down, "POST", false, true},
+		{"is asked too late", over, down, "GET", false, false},
+		{"is beyond the control plane", t.Context(), mutual, "POST", false, true},
+		{"says too much", t.Context(), huge, "POST", false, false},
 	} {
 		good, asked := odd(t, func(http.ResponseWriter, *http.Request) {})
 		e := &segment.Endpoint{Backends: []segment.Backend{c.first, good}}
-		_, _, err := new(Catalog).storeOf(e).do(c.ctx, c.method, "/", nil)
+		_, err := new(Catalog).storeOf(e).do(c.ctx, call{method: c.method, at: "/", lists: c.lists})
 		if (asked.Load() == 1) != c.next || (err == nil) != c.next {
 			t.Errorf("the first %s: the next is asked %d times, %v", c.what, asked.Load(), err)
 		}
@@ -575,7 +577,7 @@ func TestCAIsReadOncePerGeneration(t *testing.T) {
 	b := behindAddress(t, server, segment.BackendTLS{Mode: segment.TLSServer, ServerName: "example.com", CAFile: file})
 	c := &Catalog{}
 	ask := func() error {
-		_, _, err := c.storeOf(&segment.Endpoint{Backends: []segment.Backend{b}}).do(t.Context(), "GET", "/", nil)
+		_, err := c.storeOf(&segment.Endpoint{Backends: []segment.Backend{b}}).do(t.Context(), call{method: "GET", at: "/"})
 		return err
 	}
 	if err := ask(); err != nil {

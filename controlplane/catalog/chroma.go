@@ -12,38 +12,30 @@ import (
 	"sallyport.dev/segment"
 )
 
-func (c *Catalog) chroma(w http.ResponseWriter, r *http.Request, q *question) {
-	switch q.route {
-	case "list-collections", "count-collections":
-		c.listCollections(w, r, q)
-	case "modify-collection":
-		c.modifyCollection(w, r, q)
-	case "delete-collection":
-		c.deleteCollection(w, r, q)
-	default: // create-collection and get-collection
-		c.tellCollection(w, r, q)
+// listChroma pages through what is left after filtering, so that limit and offset tell nothing either.
+func listChroma(r *http.Request, q *question) (any, error) {
+	visible, err := visibleChroma(r, q)
+	if err != nil {
+		return nil, err
 	}
+	visible = visible[min(number(r, "offset", 0), len(visible)):]
+	return visible[:min(number(r, "limit", len(visible)), len(visible))], nil
 }
 
-// listCollections pages through what is left after filtering, so that limit and offset tell nothing either.
-func (c *Catalog) listCollections(w http.ResponseWriter, r *http.Request, q *question) {
-	all, err := c.storeOf(q.endpoint).listed(r.Context())
-	if err != nil {
-		c.unavailable(w, r, q, err)
-		return
-	}
+func countChroma(r *http.Request, q *question) (any, error) {
+	visible, err := visibleChroma(r, q)
+	return len(visible), err
+}
+
+func visibleChroma(r *http.Request, q *question) ([]json.RawMessage, error) {
+	all, err := q.store.listed(r.Context())
 	visible := []json.RawMessage{}
 	for _, col := range all {
 		if col.usable() && q.may(segment.Discover, col.Name) {
 			visible = append(visible, col.raw)
 		}
 	}
-	if q.route == "count-collections" {
-		write(w, len(visible))
-		return
-	}
-	visible = visible[min(number(r, "offset", 0), len(visible)):]
-	write(w, visible[:min(number(r, "limit", len(visible)), len(visible))])
+	return visible, err
 }
 
 func number(r *http.Request, key string, otherwise int) int {
@@ -93,36 +85,36 @@ func (c *Catalog) deleteCollection(w http.ResponseWriter, r *http.Request, q *qu
 // mutate passes a change of collections on. The client hears of it when the gateways know: until then the UUIDs have
 // their old names, and the grants of those.
 func (c *Catalog) mutate(w http.ResponseWriter, r *http.Request, q *question, body []byte, ids []string, done func()) {
-	code, answer, err := c.change(r, q, body, ids, done)
-	if err == nil && code < 300 {
+	a, err := c.change(r, q, body, ids, done)
+	if err == nil && a.code < 300 {
 		err = c.settle(r.Context(), q.endpoint.Name, ids...)
 	}
 	if err != nil {
 		c.unavailable(w, r, q, err)
 		return
 	}
-	reply(w, code, answer)
+	reply(w, a)
 }
 
 // change makes one change of an endpoint's collections at a time, so that what is known last is what happened last.
-func (c *Catalog) change(r *http.Request, q *question, body []byte, ids []string, done func()) (int, []byte, error) {
+func (c *Catalog) change(r *http.Request, q *question, body []byte, ids []string, done func()) (*answer, error) {
 	c.mu.Lock()
 	changing := &c.about(q.endpoint.Name).changing
 	c.mu.Unlock()
 	changing.Lock()
 	defer changing.Unlock()
 	if err := r.Context().Err(); err != nil {
-		return 0, nil, err // waited for too long
+		return nil, err // waited for too long
 	}
 	// A client that hangs up must not keep the outcome from being known.
-	code, answer, err := c.storeOf(q.endpoint).do(context.WithoutCancel(r.Context()), r.Method, r.URL.RequestURI(), body)
+	a, err := q.store.do(context.WithoutCancel(r.Context()), call{method: r.Method, at: r.URL.RequestURI(), body: body})
 	switch {
-	case err != nil || code >= 500: // it may have happened or not: nobody's until a list tells
+	case err != nil || a.code >= 500: // it may have happened or not: nobody's until a list tells
 		c.forget(q.endpoint.Name, ids...)
-	case code < 300:
+	case a.code < 300:
 		done()
 	}
-	return code, answer, err
+	return a, err
 }
 
 // tellCollection passes a request on that the gateway has decided, and lets the gateways learn the UUID in the answer
@@ -134,14 +126,14 @@ func (c *Catalog) tellCollection(w http.ResponseWriter, r *http.Request, q *ques
 		return
 	}
 	before := c.changes(q.endpoint.Name)
-	code, answer, err := c.storeOf(q.endpoint).do(r.Context(), r.Method, r.URL.RequestURI(), body)
+	a, err := q.store.do(r.Context(), call{method: r.Method, at: r.URL.RequestURI(), body: body})
 	if err != nil {
 		c.unavailable(w, r, q, err)
 		return
 	}
-	if code < 300 {
+	if a.code < 300 {
 		var col collection
-		if err := json.Unmarshal(answer, &col); err != nil || !col.usable() {
+		if err := json.Unmarshal(a.body, &col); err != nil || !col.usable() {
 			c.Log.Warn("store answers without a UUID and a name", "endpoint", q.endpoint.Name, "error", err)
 		} else {
 			c.learn(q.endpoint.Name, before, col)
@@ -150,22 +142,5 @@ func (c *Catalog) tellCollection(w http.ResponseWriter, r *http.Request, q *ques
 			}
 		}
 	}
-	reply(w, code, answer)
-}
-
-func reply(w http.ResponseWriter, code int, answer []byte) {
-	w.Header().Set("content-type", "application/json")
-	w.WriteHeader(code)
-	_, _ = w.Write(answer)
-}
-
-func (c *Catalog) unavailable(w http.ResponseWriter, r *http.Request, q *question, err error) {
-	c.Log.Warn("catalogue can't answer", "endpoint", q.endpoint.Name, "caller", q.caller, "error", err)
-	c.refuse(w, r, q, http.StatusServiceUnavailable, "the backend can't be reached")
-}
-
-func (c *Catalog) refuse(w http.ResponseWriter, r *http.Request, q *question, code int, why string) {
-	w.Header().Set("content-type", "application/json")
-	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(envoy.ErrorReply(q.endpoint.Protocol, code, why, r.Header.Get("x-request-id")))
+	reply(w, a)
 }

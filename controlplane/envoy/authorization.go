@@ -37,6 +37,7 @@ const (
 	stateName     = "sallyport.name"
 	stateResolved = "sallyport.resolved"
 	stateID       = "sallyport.id"
+	stateServed   = "sallyport.served" // the name again, also where it is not what is asked for: it chooses the backends
 	stateQuestion = "sallyport.question"
 	stateRequest  = "sallyport.request"
 )
@@ -149,11 +150,16 @@ func (l limits) useClasses(policy *authz.Endpoint, members []member) bool {
 	return classed*l.saves < written
 }
 
-func leaves(c *authz.Class) (n int) {
+// leaves is the size of the larger of a class's two matchers: a shadow folder may say more than what is enforced.
+func leaves(c *authz.Class) int {
+	enforced, shadow := 0, 0
 	for _, table := range c.Enforced {
-		n += table.Len()
+		enforced += table.Len()
 	}
-	return n
+	for _, table := range c.Shadow {
+		shadow += table.Len()
+	}
+	return max(enforced, shadow)
 }
 
 // members is the filter that sets the class.

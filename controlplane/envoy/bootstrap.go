@@ -10,10 +10,8 @@ import (
 	overloadv3 "github.com/envoyproxy/go-control-plane/envoy/config/overload/v3"
 	connectionsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/downstream_connections/v3"
 	heapv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/resource_monitors/fixed_heap/v3"
-	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 
@@ -66,7 +64,7 @@ func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootst
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{Clusters: []*clusterv3.Cluster{
 			sockets.cluster(ControlCluster, sockets.Control, true),
 			planeCluster(IdentityCluster, sockets.Identity, true),
-			sockets.cluster(CatalogCluster, sockets.Catalog, false),
+			sockets.cluster(CatalogCluster, sockets.Catalog, true),
 		}},
 		OverloadManager: &overloadv3.OverloadManager{
 			ResourceMonitors: []*overloadv3.ResourceMonitor{
@@ -103,9 +101,9 @@ func onHeap(action string, part float64) *overloadv3.OverloadAction {
 }
 
 // cluster leads to the control plane, wherever it is.
-func (s Sockets) cluster(name, socket string, http2 bool) *clusterv3.Cluster {
+func (s Sockets) cluster(name, socket string, overHTTP2 bool) *clusterv3.Cluster {
 	if s.Remote == nil {
-		return planeCluster(name, socket, http2)
+		return planeCluster(name, socket, overHTTP2)
 	}
 	c := planeCluster(name, "", true)
 	c.ConnectTimeout = durationpb.New(5 * time.Second)
@@ -115,7 +113,7 @@ func (s Sockets) cluster(name, socket string, http2 bool) *clusterv3.Cluster {
 	return c
 }
 
-func planeCluster(name, socket string, http2 bool) *clusterv3.Cluster {
+func planeCluster(name, socket string, overHTTP2 bool) *clusterv3.Cluster {
 	c := &clusterv3.Cluster{
 		Name:                 name,
 		ConnectTimeout:       durationpb.New(time.Second),
@@ -124,15 +122,10 @@ func planeCluster(name, socket string, http2 bool) *clusterv3.Cluster {
 			LbEndpoints: []*endpointv3.LbEndpoint{{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{
 				Endpoint: &endpointv3.Endpoint{Address: pipe(socket)}}}}}}},
 	}
-	if http2 {
-		c.TypedExtensionProtocolOptions = map[string]*anypb.Any{
-			"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": pack(&httpv3.HttpProtocolOptions{
-				UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
-					ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
-						ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
-							// So that a control plane that is cut off is noticed, and asked again.
-							Http2ProtocolOptions: &corev3.Http2ProtocolOptions{ConnectionKeepalive: &corev3.KeepaliveSettings{
-								Interval: durationpb.New(30 * time.Second), Timeout: durationpb.New(10 * time.Second)}}}}}})}
+	if overHTTP2 {
+		// So that a control plane that is cut off is noticed, and asked again.
+		c.TypedExtensionProtocolOptions = http2(&corev3.Http2ProtocolOptions{ConnectionKeepalive: &corev3.KeepaliveSettings{
+			Interval: durationpb.New(30 * time.Second), Timeout: durationpb.New(10 * time.Second)}})
 	}
 	return c
 }

@@ -11,7 +11,6 @@ import (
 	xdscorev3 "github.com/cncf/xds/go/xds/core/v3"
 	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	rbacconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
@@ -19,6 +18,7 @@ import (
 	commonmatchingv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/matching/v3"
 	compositev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/composite/v3"
 	jwtv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/jwt_authn/v3"
+	luav3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/lua/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
@@ -35,7 +35,7 @@ import (
 // Check reads what was lowered once more, knowing nothing of how it came about, and returns everything that would
 // open something or break something. What does not pass is never published.
 //
-// Extensions that are also in resources that have passed are not read again.
+// Extensions and routes that are also in resources that have passed are not read again.
 func Check(r *Resources, passed ...*Resources) error {
 	c := &checker{
 		clusters:    map[string]bool{CatalogCluster: true},
@@ -58,14 +58,17 @@ func Check(r *Resources, passed ...*Resources) error {
 	for _, x := range r.Clusters {
 		c.cluster(x)
 	}
-	for _, x := range r.Routes {
-		c.route(x)
-	}
-	known := map[*corev3.TypedExtensionConfig]bool{}
+	known := map[proto.Message]bool{}
 	for _, p := range passed {
 		for _, x := range p.Extensions {
 			known[x] = true
 		}
+		for _, x := range p.Routes {
+			known[x] = true
+		}
+	}
+	for _, x := range r.Routes {
+		c.route(x, known[x])
 	}
 	for _, x := range r.Extensions {
 		if known[x] {
@@ -131,9 +134,12 @@ func (c *checker) cluster(x *clusterv3.Cluster) {
 	}
 }
 
-func (c *checker) route(x *routev3.RouteConfiguration) {
+// route looks, at one that is known, only at what depends on others.
+func (c *checker) route(x *routev3.RouteConfiguration, known bool) {
 	c.at = "routes " + x.Name
-	c.everywhere(x)
+	if !known {
+		c.everywhere(x)
+	}
 	for _, host := range x.VirtualHosts {
 		if !exactNames(host.Domains) {
 			c.wrong("takes other host names than those that are named")
@@ -142,7 +148,48 @@ func (c *checker) route(x *routev3.RouteConfiguration) {
 			if name := route.GetRoute().GetCluster(); route.GetRoute() != nil && !c.clusters[name] {
 				c.wrong("route %s leads to cluster %q, which does not exist", route.Name, name)
 			}
+			if !known {
+				c.endless(route)
+			}
 		}
+	}
+}
+
+// endless demands that a request passes before its end only if it is a call of gRPC or a WebSocket, nothing looks into what
+// follows, and it has an end nevertheless; and that nothing is upgraded to but such a WebSocket.
+func (c *checker) endless(x *routev3.Route) {
+	upgrades := x.GetRoute().GetUpgradeConfigs()
+	off := x.TypedPerFilterConfig[bodyFilter]
+	context := &luav3.LuaPerRoute{}
+	if look := x.TypedPerFilterConfig[extractFilter]; look != nil && !c.unpack(look, context) {
+		return
+	}
+	words := strings.Fields(context.GetFilterContext().GetFields()["from"].GetStringValue())
+	if off == nil && upgrades == nil && !slices.Contains(words, wordEndless) {
+		return
+	}
+	if !proto.Equal(off, pack(bufferOff())) {
+		c.wrong("route %s has another body filter, or none that lets it pass", x.Name)
+	}
+	for _, word := range words {
+		if slices.Contains(bodyReaders, word) {
+			c.wrong("route %s looks into a body that does not end", x.Name)
+		}
+	}
+	socket := len(upgrades) == 1 && proto.Equal(upgrades[0], &routev3.RouteAction_UpgradeConfig{UpgradeType: upgradeType})
+	if upgrades != nil && !socket {
+		c.wrong("route %s is upgraded to something else than a WebSocket", x.Name)
+	}
+	if !socket && !slices.ContainsFunc(x.GetMatch().GetHeaders(), func(h *routev3.HeaderMatcher) bool { return proto.Equal(h, grpcContent()) }) {
+		c.wrong("route %s takes endless requests that are neither gRPC nor a WebSocket", x.Name)
+	}
+	if x.GetRoute() == nil {
+		return
+	}
+	if most := x.GetRoute().GetMaxStreamDuration(); most.GetMaxStreamDuration().AsDuration() <= 0 ||
+		most.GrpcTimeoutHeaderMax == nil || most.GrpcTimeoutHeaderMax.AsDuration() != 0 || most.GrpcTimeoutHeaderOffset != nil ||
+		!slices.Contains(words, wordEndless) {
+		c.wrong("route %s has streams that outlive their certificate", x.Name)
 	}
 }
 
@@ -446,8 +493,9 @@ func (c *checker) everywhere(m proto.Message) {
 	if x, ok := m.(interface {
 		GetTypedPerFilterConfig() map[string]*anypb.Any
 	}); ok {
+		_, route := m.(*routev3.Route)
 		for name := range x.GetTypedPerFilterConfig() {
-			if name != extractFilter {
+			if name != extractFilter && !(route && name == bodyFilter) { // which endless looks at
 				c.wrong("makes filter %s another one", name)
 			}
 		}

@@ -10,6 +10,8 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -35,6 +37,10 @@ func clusterName(e *segment.Endpoint, backends []segment.BackendName) string {
 	return "endpoint/" + string(e.Name) + "/" + strings.Join(slices.Compact(parts), "+")
 }
 
+// overHTTP2 is the cluster of the addresses that speak gRPC. Which protocol is spoken is a matter of the route and not of what
+// the client speaks: servers of REST need not know HTTP/2, and gRPC is nothing without it.
+func overHTTP2(cluster string) string { return cluster + "/grpc" }
+
 func backends(e *segment.Endpoint, g segment.Gateway) ([]*clusterv3.Cluster, []*endpointv3.ClusterLoadAssignment) {
 	sets := map[string][]segment.BackendName{}
 	for _, m := range e.Models {
@@ -45,8 +51,7 @@ func backends(e *segment.Endpoint, g segment.Gateway) ([]*clusterv3.Cluster, []*
 	}
 	var clusters []*clusterv3.Cluster
 	var assignments []*endpointv3.ClusterLoadAssignment
-	for _, name := range sortedKeys(sets) {
-		cluster, assignment := pooled(e, name, sets[name], g)
+	add := func(cluster *clusterv3.Cluster, assignment *endpointv3.ClusterLoadAssignment) {
 		clusters = append(clusters, cluster)
 		if cluster.GetType() == clusterv3.Cluster_EDS {
 			assignments = append(assignments, assignment)
@@ -54,10 +59,18 @@ func backends(e *segment.Endpoint, g segment.Gateway) ([]*clusterv3.Cluster, []*
 			cluster.LoadAssignment = assignment
 		}
 	}
+	for _, name := range sortedKeys(sets) {
+		if e.Protocol != segment.GRPC {
+			add(pooled(e, name, sets[name], g, false))
+		}
+		if speaksGRPC(e.Backends) {
+			add(pooled(e, overHTTP2(name), sets[name], g, true))
+		}
+	}
 	return clusters, assignments
 }
 
-func pooled(e *segment.Endpoint, name string, members []segment.BackendName, g segment.Gateway) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
+func pooled(e *segment.Endpoint, name string, members []segment.BackendName, g segment.Gateway, grpc bool) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
 	cluster := &clusterv3.Cluster{
 		Name:                 name,
 		ConnectTimeout:       durationpb.New(2 * time.Second),
@@ -66,13 +79,22 @@ func pooled(e *segment.Endpoint, name string, members []segment.BackendName, g s
 		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
 			MaxConnections: atOnce(), MaxPendingRequests: atOnce(), MaxRequests: atOnce()}}},
 	}
+	var alpn []string
+	if grpc {
+		cluster.TypedExtensionProtocolOptions = http2(&corev3.Http2ProtocolOptions{})
+		alpn = []string{"h2"}
+	}
 	assignment := &endpointv3.ClusterLoadAssignment{ClusterName: name}
 	for _, b := range e.Backends {
-		if !slices.Contains(members, b.Name) {
+		addresses := b.Addresses
+		if grpc {
+			addresses = b.GRPC
+		}
+		if !slices.Contains(members, b.Name) || len(addresses) == 0 {
 			continue
 		}
 		group := &endpointv3.LocalityLbEndpoints{}
-		for _, a := range b.Addresses {
+		for _, a := range addresses {
 			if _, err := netip.ParseAddr(a.Host); err != nil { // EDS carries no host names
 				cluster.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STRICT_DNS}
 				cluster.EdsClusterConfig = nil
@@ -82,9 +104,18 @@ func pooled(e *segment.Endpoint, name string, members []segment.BackendName, g s
 			})
 		}
 		assignment.Endpoints = append(assignment.Endpoints, group)
-		cluster.TransportSocket = upstreamTLS(b.TLS, g) // the same for all: Assemble refuses a mix
+		cluster.TransportSocket = upstreamTLS(b.TLS, g, alpn...) // the same for all: Assemble refuses a mix
 	}
 	return cluster, assignment
+}
+
+// http2 makes a cluster speak HTTP/2, also in plain text.
+func http2(options *corev3.Http2ProtocolOptions) map[string]*anypb.Any {
+	return map[string]*anypb.Any{
+		"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": pack(&httpv3.HttpProtocolOptions{
+			UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+				ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
+					ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: options}}}})}
 }
 
 // atOnce is how many requests a gateway has under way to a backend: streams are long, and Envoy's own limit is short.

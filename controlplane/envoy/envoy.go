@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"maps"
+	"reflect"
 	"slices"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
@@ -16,6 +17,7 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
@@ -37,6 +39,7 @@ type Resources struct {
 	forms    map[segment.EndpointName]form
 	earlier  []*Resources
 	made     map[string]made // extensions, and what they are made of
+	tables   map[segment.EndpointName]*table
 	versions map[proto.Message]string
 }
 
@@ -70,10 +73,11 @@ func Lower(cfg *segment.Config, policy *authz.Policy, learned Learned, earlier .
 }
 
 func lower(l limits, cfg *segment.Config, policy *authz.Policy, learned Learned, earlier ...*Resources) *Resources {
-	r := &Resources{policy: policy, limits: l, members: map[segment.EndpointName][]member{}, forms: map[segment.EndpointName]form{}, earlier: earlier, made: map[string]made{}}
+	r := &Resources{policy: policy, limits: l, members: map[segment.EndpointName][]member{}, forms: map[segment.EndpointName]form{}, earlier: earlier, made: map[string]made{},
+		tables: map[segment.EndpointName]*table{}}
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
-		r.Routes = append(r.Routes, routes(e))
+		r.Routes = append(r.Routes, r.table(e).routes)
 		r.Extensions = append(r.Extensions, r.authorization(e, policy.Endpoints[e.Name], learned.Names[e.Name])...)
 		if e.Tokens != nil {
 			r.Extensions = append(r.Extensions, extension(TokensName(e.Name), verifier(cfg, e, learned.Keys)))
@@ -83,13 +87,32 @@ func lower(l limits, cfg *segment.Config, policy *authz.Policy, learned Learned,
 		r.Assignments = append(r.Assignments, assignments...)
 	}
 	if len(cfg.Endpoints) > 0 {
-		r.Listeners = []*listenerv3.Listener{listener(cfg, r.forms)}
+		r.Listeners = []*listenerv3.Listener{listener(cfg, r)}
 	}
 	slices.SortFunc(r.Extensions, byName)
 	slices.SortFunc(r.Clusters, byName)
 	r.remember()
 	r.earlier = nil
 	return r
+}
+
+// table is what an endpoint's protocol becomes; it is long, and depends on nothing but the endpoint.
+type table struct {
+	of      segment.Endpoint
+	routes  *routev3.RouteConfiguration
+	extract *hcmv3.HttpFilter
+}
+
+// table makes the endpoint's, unless it has been made before of the same.
+func (r *Resources) table(e *segment.Endpoint) *table {
+	for _, earlier := range append(r.earlier, r) {
+		if t := earlier.tables[e.Name]; t != nil && reflect.DeepEqual(t.of, *e) {
+			r.tables[e.Name] = t
+			return t
+		}
+	}
+	r.tables[e.Name] = &table{*e, routes(e), filter(extractFilter, extractor(e))}
+	return r.tables[e.Name]
 }
 
 // Version names what one of the resources holds: equal content, equal version.

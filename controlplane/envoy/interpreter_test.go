@@ -40,6 +40,9 @@ func (q *request) pass(r *Resources, endpoint segment.EndpointName) authz.Decisi
 			continue
 		}
 		for _, f := range q.open(chain.Filters[0].GetTypedConfig()).(*hcmv3.HttpConnectionManager).HttpFilters {
+			if f.Name == callerFilter && q.caller != "" {
+				q.state[stateCaller] = q.caller // as tokens.lua does, by certificate or token
+			}
 			config := f.GetTypedConfig()
 			if f.GetConfigDiscovery() != nil {
 				config = discover(r, f.Name)

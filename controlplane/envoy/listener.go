@@ -37,7 +37,7 @@ const (
 	routerFilter   = "router"
 )
 
-func listener(cfg *segment.Config, forms map[segment.EndpointName]form) *listenerv3.Listener {
+func listener(cfg *segment.Config, r *Resources) *listenerv3.Listener {
 	l := &listenerv3.Listener{
 		Name:    ListenerName,
 		Address: socketAddress(cfg.Gateway.Listen.Addr().String(), cfg.Gateway.Listen.Port()),
@@ -58,7 +58,7 @@ func listener(cfg *segment.Config, forms map[segment.EndpointName]form) *listene
 			TransportSocketConnectTimeout: durationpb.New(10 * time.Second),
 			Filters: []*listenerv3.Filter{{
 				Name:       "http",
-				ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: pack(connectionManager(e, cfg.Gateway, forms[e.Name]))},
+				ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: pack(connectionManager(e, cfg.Gateway, r))},
 			}},
 		})
 	}
@@ -94,12 +94,12 @@ func downstreamTLS(g segment.Gateway, tokens bool) *corev3.TransportSocket {
 // (extract.lua sees to callers that renew later: a request on a certificate that has ended is refused.)
 func MaxConnectionAge(svidTTL time.Duration) time.Duration { return svidTTL / 5 }
 
-func connectionManager(e *segment.Endpoint, g segment.Gateway, form form) *hcmv3.HttpConnectionManager {
-	return &hcmv3.HttpConnectionManager{
+func connectionManager(e *segment.Endpoint, g segment.Gateway, r *Resources) *hcmv3.HttpConnectionManager {
+	manager := &hcmv3.HttpConnectionManager{
 		StatPrefix: string(e.Name),
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
 			RouteConfigName: routesName(e.Name, e.Tokens != nil), ConfigSource: fromADS()}},
-		HttpFilters:      filters(e, g, form),
+		HttpFilters:      filters(e, g, r),
 		LocalReplyConfig: localReplies(e),
 		Tracing:          tracing(e),
 		AccessLog:        requests(e),
@@ -134,6 +134,10 @@ func connectionManager(e *segment.Endpoint, g segment.Gateway, form form) *hcmv3
 		AlwaysSetRequestIdInResponse: true,
 		ServerHeaderTransformation:   hcmv3.HttpConnectionManager_PASS_THROUGH,
 	}
+	if e.Protocol == segment.GRPC { // clients stream for as long as they like, and nothing of it is kept
+		manager.RequestTimeout = nil
+	}
+	return manager
 }
 
 func nobody() []*corev3.CidrRange {
@@ -143,8 +147,8 @@ func nobody() []*corev3.CidrRange {
 // filters is the way of a request through an endpoint. The body is read first, so that a denied caller has sent it
 // all and sees the answer (HTTP/2 clients take an answer before that for a broken stream). Nothing after rights
 // may clear the route cache.
-func filters(e *segment.Endpoint, g segment.Gateway, form form) []*hcmv3.HttpFilter {
-	tokens := e.Tokens != nil
+func filters(e *segment.Endpoint, g segment.Gateway, r *Resources) []*hcmv3.HttpFilter {
+	tokens, form := e.Tokens != nil, r.forms[e.Name]
 	members, rights := discovered(MembersName(e.Name)+told(tokens), typeURL(&setstatev3.Config{})), discovered(RightsName(e.Name))
 	switch {
 	case form.classes:
@@ -158,7 +162,7 @@ func filters(e *segment.Endpoint, g segment.Gateway, form form) []*hcmv3.HttpFil
 	}
 	list = append(list,
 		filter(bodyFilter, &bufferv3.Buffer{MaxRequestBytes: wrapperspb.UInt32(MaxBodyBytes)}),
-		filter(extractFilter, extractor()),
+		r.table(e).extract,
 		filter(judgedFilter, setState(judged(e)...)),
 		members,
 	)

@@ -60,9 +60,58 @@ var forms = map[string]limits{
 	"shards":      {writtenOut: 1 << 30, shard: 3},
 }
 
-func lowered(cfg *segment.Config, now time.Time, form string) (*authz.Policy, *Resources) {
+// tabled are the tables of endpoints that were lowered before: they are long, and the same in almost all that follows.
+var tabled = &Resources{tables: map[segment.EndpointName]*table{}, versions: map[proto.Message]string{}}
+
+func lowered(cfg *segment.Config, now time.Time, form string, earlier ...*Resources) (*authz.Policy, *Resources) {
 	policy, only := authz.Compile(cfg, now), cfg.For(cfg.Gateways[0])
-	return policy, lower(forms[form], &only, policy, Learned{Names: Names{"docs": collections()}, Keys: Keys{}})
+	return policy, lower(forms[form], &only, policy, Learned{Names: Names{"docs": collections()}, Keys: Keys{}}, earlier...)
+}
+
+// quickly is lowered, with tables that were made before. They are not to be changed.
+func quickly(cfg *segment.Config, now time.Time, form string) (*authz.Policy, *Resources) {
+	policy, r := lowered(cfg, now, form, tabled)
+	for name, table := range r.tables {
+		if tabled.tables[name] != table {
+			tabled.tables[name], tabled.versions[table.routes] = table, r.versions[table.routes]
+		}
+	}
+	return policy, r
+}
+
+// check is Check, which reads each table once.
+func check(r *Resources) error {
+	err := Check(r, tabled)
+	if err == nil {
+		tabled.Routes = r.Routes
+	}
+	return err
+}
+
+// The tables of all protocols are the same each time, pass, and are long enough to be worth keeping.
+func TestTables(t *testing.T) {
+	for _, p := range segment.Protocols() {
+		e := &segment.Endpoint{Name: "all", Hostnames: []string{"all.internal"}, Protocol: p, Templates: []string{"/users/{id}"},
+			Backends: []segment.Backend{{Name: "local", Addresses: []segment.Address{{Host: "127.0.0.1", Port: 1}}, GRPC: []segment.Address{{Host: "127.0.0.1", Port: 2}}, TLS: segment.BackendTLS{Mode: segment.TLSNone}}}}
+		cfg := segment.Config{Endpoints: []segment.Endpoint{*e}, Gateway: segment.Gateway{ID: spiffeid.RequireFromString("spiffe://example.org/gateway"), SVIDTTL: time.Hour}}
+		made := func(earlier ...*Resources) *Resources {
+			return lower(defaultLimits, &cfg, authz.Compile(&cfg, time.Unix(0, 0)), Learned{}, earlier...)
+		}
+		first := made()
+		if err := Check(first); err != nil {
+			t.Errorf("%s: %v", p, err)
+		}
+		if diff := changed(fingerprints(t, first), fingerprints(t, made())); diff != nil {
+			t.Errorf("%s: other bytes: %q", p, diff)
+		}
+		if again := made(first); again.Routes[0] != first.Routes[0] {
+			t.Errorf("%s: routes are made again", p)
+		}
+		cfg.Endpoints[0].Hostnames = []string{"other.internal"}
+		if again := made(first); again.Routes[0].VirtualHosts[0].Domains[0] != "other.internal" {
+			t.Errorf("%s: routes are kept that have changed", p)
+		}
+	}
 }
 
 func at(t rapid.TB, s string) time.Time {
@@ -103,8 +152,8 @@ func agreesWithDecide(outer *testing.T, form string, tokens bool) {
 		if tokens {
 			takeTokens(&cfg)
 		}
-		policy, r := lowered(&cfg, at(t, corpus.Early), form)
-		if err := Check(r); err != nil {
+		policy, r := quickly(&cfg, at(t, corpus.Early), form)
+		if err := check(r); err != nil {
 			t.Fatal(err)
 		}
 		opened := map[*anypb.Any]proto.Message{}
@@ -145,7 +194,7 @@ func TestLoweringAgreesWithTables(t *testing.T) {
 			t.Fatal(err)
 		}
 		for form := range forms {
-			policy, r := lowered(&cfg, c.Now, form)
+			policy, r := quickly(&cfg, c.Now, form)
 			for _, line := range c.Lines {
 				if policy.Endpoints[line.Request.Endpoint] == nil {
 					continue
@@ -172,7 +221,7 @@ metadata: {name: all}
 spec: {from: [{trustDomain: example.org}, {spiffeID: 'spiffe://example.org/a'}], to: [{endpoint: open, operations: [Infer, Embed], resources: ['*', a, '=a']}, {endpoint: docs, operations: [Read, Write, Admin], resources: ['*']}]}
 `))
 	for form := range forms {
-		_, r := lowered(&cfg, at(t, corpus.Early), form)
+		_, r := quickly(&cfg, at(t, corpus.Early), form)
 		good := request{t: t, caller: "spiffe://example.org/a", operation: "Infer", found: map[string]string{"resolved": "=", "name": "a"}}
 		if got := good.pass(r, "open"); !got.Allowed {
 			t.Fatalf("the base of this test is denied: %+v", got)
@@ -300,9 +349,9 @@ func TestChangeStaysWhereItIsMade(t *testing.T) {
 			}
 		}
 		cfg, next := corpus.Assemble(t, docs), corpus.Assemble(t, edited)
-		_, before := lowered(&cfg, at(t, corpus.Early), form)
-		_, after := lowered(&next, at(t, corpus.Early), form)
-		if err := Check(after); err != nil {
+		_, before := quickly(&cfg, at(t, corpus.Early), form)
+		_, after := quickly(&next, at(t, corpus.Early), form)
+		if err := check(after); err != nil {
 			t.Fatal(err)
 		}
 		for _, name := range changed(fingerprints(t, before), fingerprints(t, after)) {
@@ -353,7 +402,7 @@ func TestShards(t *testing.T) {
 func TestRetained(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		cfg := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "grants")...))
-		_, r := lowered(&cfg, at(t, corpus.Early), "shards")
+		_, r := quickly(&cfg, at(t, corpus.Early), "shards")
 		for _, x := range r.Extensions {
 			got := r.Retained(x.Name, nil)
 			if !strings.HasSuffix(x.Name, "/names") && (got == nil || !proto.Equal(got.Extension, x) || r.Retained(x.Name, got) != got) {
@@ -361,7 +410,7 @@ func TestRetained(t *testing.T) {
 			}
 		}
 		for _, form := range []string{"written out", "classes"} {
-			_, other := lowered(&cfg, at(t, corpus.Early), form)
+			_, other := quickly(&cfg, at(t, corpus.Early), form)
 			for _, x := range other.Extensions {
 				if !strings.HasSuffix(x.Name, "/names") && !proto.Equal(r.Retained(x.Name, nil).Extension, x) {
 					t.Fatalf("%s is not retained", x.Name)
@@ -449,8 +498,8 @@ func TestRetainedDecidesAsNow(outer *testing.T) {
 	rapid.Check(outer, func(t *rapid.T) {
 		cfg := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "before")...))
 		next := corpus.Assemble(t, append(corpus.Endpoints(), corpus.Grants().Draw(t, "after")...))
-		_, old := lowered(&cfg, at(t, corpus.Early), rapid.SampledFrom(names).Draw(t, "old form"))
-		policy, now := lowered(&next, at(t, corpus.Early), rapid.SampledFrom(names).Draw(t, "form"))
+		_, old := quickly(&cfg, at(t, corpus.Early), rapid.SampledFrom(names).Draw(t, "old form"))
+		policy, now := quickly(&next, at(t, corpus.Early), rapid.SampledFrom(names).Draw(t, "form"))
 		mixed := &Resources{Listeners: old.Listeners}
 		for _, x := range old.Extensions {
 			if i := slices.IndexFunc(now.Extensions, func(n *xt) bool { return n.Name == x.Name }); i >= 0 {

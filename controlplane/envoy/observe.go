@@ -1,6 +1,7 @@
 package envoy
 
 import (
+	"strings"
 	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
@@ -19,9 +20,53 @@ import (
 	"sallyport.dev/telemetry"
 )
 
-// genAIOperation is the value of gen_ai.operation.name, by the OpenTelemetry semantic conventions for generative AI.
-func genAIOperation(r segment.Route) string {
-	return map[string]string{"chat-completions": "chat", "completions": "text_completion", "embeddings": "embeddings"}[r.Name]
+// genAIOperation is the value of gen_ai.operation.name, by the OpenTelemetry semantic conventions for generative AI; ""
+// where they have none.
+func genAIOperation(p segment.Protocol, r segment.Route) string {
+	base, _, _ := strings.Cut(strings.TrimPrefix(r.Path, "/v1/"), "/")
+	switch {
+	case usageOf(p).key == "" || r.Resource == segment.Everything:
+		return ""
+	case r.Operation == segment.Embed:
+		return "embeddings"
+	case r.Operation != segment.Infer:
+		return ""
+	case p == segment.Gemini:
+		return "generate_content"
+	case base == "chat", base == "responses", base == "messages":
+		return "chat"
+	case base == "completions", base == "complete":
+		return "text_completion"
+	}
+	return ""
+}
+
+// usage is how answers of a protocol tell what they used: the key of the object, and those of the numbers in it.
+type usage struct {
+	key             string
+	inputs, outputs []string
+}
+
+func usageOf(p segment.Protocol) usage {
+	switch p {
+	case segment.OpenAI:
+		return usage{"usage", []string{"prompt_tokens", "input_tokens"}, []string{"completion_tokens", "output_tokens"}}
+	case segment.Anthropic:
+		return usage{"usage", []string{"input_tokens"}, []string{"output_tokens"}}
+	case segment.Gemini:
+		return usage{"usageMetadata", []string{"promptTokenCount"}, []string{"candidatesTokenCount"}}
+	}
+	return usage{}
+}
+
+// counts reports whether answers to the route tell what they used.
+func counts(p segment.Protocol, r segment.Route) bool {
+	return usageOf(p).key != "" && r.Kind == segment.Plain && (r.Operation == segment.Infer || r.Operation == segment.Embed) && r.Resource != segment.Everything
+}
+
+// provider is the value of gen_ai.provider.name: whose API it is, whoever serves it.
+func provider(p segment.Protocol) string {
+	return map[segment.Protocol]string{segment.OpenAI: "openai", segment.Anthropic: "anthropic", segment.Gemini: "gcp.gemini"}[p]
 }
 
 func tracing(e *segment.Endpoint) *hcmv3.HttpConnectionManager_Tracing {
@@ -39,16 +84,16 @@ func tracing(e *segment.Endpoint) *hcmv3.HttpConnectionManager_Tracing {
 		tag(telemetry.EventOutcome, result),
 	}
 	switch e.Protocol {
-	case segment.OpenAI:
+	case segment.OpenAI, segment.Anthropic, segment.Gemini:
 		tags = append(tags,
 			tag(telemetry.GenAIOperationName, "%METADATA(ROUTE:sallyport:gen_ai)%"),
-			tag(telemetry.GenAIProviderName, "openai"),
+			tag(telemetry.GenAIProviderName, provider(e.Protocol)),
 			tag(telemetry.GenAIRequestModel, name),
 			number(telemetry.GenAIInputTokens, "%DYNAMIC_METADATA(sallyport:input_tokens)%"),
 			number(telemetry.GenAIOutputTokens, "%DYNAMIC_METADATA(sallyport:output_tokens)%"),
 		)
-	case segment.Chroma:
-		tags = append(tags, tag(telemetry.DBCollectionName, name), tag(telemetry.DBOperationName, "%ROUTE_NAME%"))
+	case segment.Chroma, segment.Qdrant, segment.Weaviate, segment.Milvus:
+		tags = append(tags, tag(telemetry.DBSystemName, strings.ToLower(string(e.Protocol))), tag(telemetry.DBCollectionName, name), tag(telemetry.DBOperationName, "%ROUTE_NAME%"))
 	}
 	return &hcmv3.HttpConnectionManager_Tracing{
 		RandomSampling:    &typev3.Percent{Value: 100},
@@ -85,6 +130,9 @@ func requests(e *segment.Endpoint) []*accesslogv3.AccessLog {
 		tag("operation", "%METADATA(ROUTE:sallyport:operation)%"),
 		tag("trace_id", "%TRACE_ID%"),
 		tag("span_id", "%SPAN_ID%"),
+	}
+	if speaksGRPC(e.Backends) { // whose answers all have the same status of HTTP
+		common.CustomTags = append(common.CustomTags, tag("grpc_status", "%GRPC_STATUS_NUMBER%"))
 	}
 	return []*accesslogv3.AccessLog{accessLog("requests", &grpclogv3.HttpGrpcAccessLogConfig{CommonConfig: common})}
 }

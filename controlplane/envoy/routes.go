@@ -1,11 +1,14 @@
 package envoy
 
 import (
+	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	bufferv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/buffer/v3"
 	luav3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/lua/v3"
 	uritemplatev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/path/match/uri_template/v3"
 	matchv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
@@ -43,6 +46,38 @@ var overrideHeaders = []string{
 	"x-envoy-is-timeout-retry", "x-envoy-livenesscheck", "x-envoy-local-overloaded", "x-envoy-original-method", "x-envoy-peer-metadata",
 }
 
+// milvusHeaders name a database past what is read here; one is read (extract.go), and the other is not needed.
+var milvusHeaders = []string{"db-name"}
+
+// rows are the routes of the endpoint's protocol as they are for this endpoint. What it can't serve, or nobody reads, is not
+// there.
+func rows(e *segment.Endpoint) []segment.Route {
+	var all []segment.Route
+	for _, r := range e.Protocol.Routes() {
+		switch {
+		case r.Path == "", r.MCP != "": // not HTTP; not read yet
+		case overGRPC(r) && !speaksGRPC(e.Backends):
+		case r.Database == segment.Everything && ownDatabase(e) != "": // it could name another one where nobody looks
+		case r.Resource == segment.WholePath && e.Protocol == segment.HTTP:
+			for i, template := range e.Templates {
+				t := r
+				t.Name, t.Path = fmt.Sprintf("%s-%d", r.Name, i+1), template
+				all = append(all, t)
+			}
+			all = append(all, r)
+		default:
+			all = append(all, r)
+		}
+	}
+	return all
+}
+
+func overGRPC(r segment.Route) bool { return r.Kind == segment.Unary || r.Kind == segment.Streaming }
+
+func speaksGRPC(backends []segment.Backend) bool {
+	return slices.ContainsFunc(backends, func(b segment.Backend) bool { return b.GRPC != nil })
+}
+
 func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 	host := &routev3.VirtualHost{
 		Name:    string(e.Name),
@@ -51,27 +86,28 @@ func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 		// whatever it says of where it comes from is no better.
 		RequestHeadersToRemove: slices.Concat(keyHeaders, overrideHeaders),
 	}
-	if e.Protocol == segment.OpenAI { // usage can't be read from an answer that is compressed
+	if usageOf(e.Protocol).key != "" { // usage can't be read from an answer that is compressed
 		host.RequestHeadersToRemove = append(host.RequestHeadersToRemove, "accept-encoding")
 	}
+	if e.Protocol == segment.Milvus {
+		host.RequestHeadersToRemove = append(host.RequestHeadersToRemove, milvusHeaders...)
+	}
 	pools := modelPools(e)
-	for _, r := range e.Protocol.Routes() {
-		if r.Answer == segment.FromCatalog || len(pools) == 1 {
-			host.Routes = append(host.Routes, route(e, r, pools[0].cluster))
+	for _, r := range rows(e) {
+		if r.Answer == segment.FromCatalog || len(pools) == 1 || r.Resource == segment.NoResource || r.Resource == segment.Everything {
+			host.Routes = append(host.Routes, route(e, r, pools[0].cluster)) // who names no model asks the backends of the first
 			continue
 		}
 		for _, pool := range pools {
+			chosen := route(e, r, pool.cluster)
 			for _, model := range pool.models {
-				chosen := route(e, r, pool.cluster)
-				chosen.Name += "/" + pool.cluster
-				chosen.Match.FilterState = []*matchv3.FilterStateMatcher{{
-					Key:     stateName,
-					Matcher: &matchv3.FilterStateMatcher_StringMatch{StringMatch: exact(model)},
-				}}
-				host.Routes = append(host.Routes, chosen)
+				host.Routes = append(host.Routes, forModel(chosen, model, pool.cluster))
 			}
 		}
-		host.Routes = append(host.Routes, unserved(e, r)) // taken first, before the model is known
+		host.Routes = append(host.Routes, unserved(e, r, pools[0].cluster)) // taken first, before the model is known
+	}
+	if speaksGRPC(e.Backends) {
+		host.Routes = append(host.Routes, elsewhereOverGRPC())
 	}
 	host.Routes = append(host.Routes, elsewhere())
 	return &routev3.RouteConfiguration{
@@ -79,6 +115,19 @@ func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 		VirtualHosts:                    []*routev3.VirtualHost{host},
 		MostSpecificHeaderMutationsWins: true,                   // a route to the catalogue adds headers that the host removes
 		ValidateClusters:                wrapperspb.Bool(false), // Check has seen that they exist; CDS may come a moment later
+	}
+}
+
+// forModel is the route for one model. All that is the same for another is shared with its route.
+func forModel(r *routev3.Route, model, cluster string) *routev3.Route {
+	return &routev3.Route{
+		Name: r.Name + "/" + cluster,
+		Match: &routev3.RouteMatch{PathSpecifier: r.Match.PathSpecifier, Headers: r.Match.Headers, FilterState: []*matchv3.FilterStateMatcher{{
+			Key:     stateServed,
+			Matcher: &matchv3.FilterStateMatcher_StringMatch{StringMatch: exact(model)},
+		}}},
+		Action: r.Action, Metadata: r.Metadata, TypedPerFilterConfig: r.TypedPerFilterConfig,
+		RequestHeadersToAdd: r.RequestHeadersToAdd, RequestHeadersToRemove: r.RequestHeadersToRemove,
 	}
 }
 
@@ -108,6 +157,9 @@ func modelPools(e *segment.Endpoint) []pool {
 
 func route(e *segment.Endpoint, r segment.Route, cluster string) *routev3.Route {
 	out := bare(e, r)
+	if overGRPC(r) {
+		cluster = overHTTP2(cluster)
+	}
 	action := &routev3.RouteAction{
 		ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: cluster},
 		Timeout:          durationpb.New(0), // a stream may take as long as the caller's certificate is good for
@@ -120,12 +172,33 @@ func route(e *segment.Endpoint, r segment.Route, cluster string) *routev3.Route 
 			header(RouteHeader, r.Name),
 		}
 	}
+	if endless(r) {
+		// The script writes how long it may take into the header that this looks at; for requests that never end, that of
+		// the others does nothing.
+		action.MaxStreamDuration = &routev3.RouteAction_MaxStreamDuration{
+			MaxStreamDuration: durationpb.New(longestStream), GrpcTimeoutHeaderMax: durationpb.New(0)}
+		action.IdleTimeout = durationpb.New(0)
+	}
+	if r.Kind == segment.WebSocket {
+		action.UpgradeConfigs = []*routev3.RouteAction_UpgradeConfig{{UpgradeType: upgradeType}}
+		out.RequestHeadersToRemove = []string{"grpc-timeout"}
+	}
 	out.Action = &routev3.Route_Route{Route: action}
 	return out
 }
 
-// unserved answers for a model that is allowed but that no backend serves.
-func unserved(e *segment.Endpoint, r segment.Route) *routev3.Route {
+const (
+	upgradeType = "websocket" // RFC 6455, over HTTP/1.1
+	// longestStream is how long a stream lasts at most, whatever the caller's certificate says.
+	longestStream = 24 * time.Hour
+)
+
+// unserved answers for a model that is allowed but that no backend serves. A WebSocket needs a route that it could take
+// before the model is known; it goes to the first backends.
+func unserved(e *segment.Endpoint, r segment.Route, first string) *routev3.Route {
+	if r.Kind == segment.WebSocket {
+		return route(e, r, first)
+	}
 	out := bare(e, r)
 	out.Name += "/unserved"
 	out.Action = &routev3.Route_DirectResponse{DirectResponse: &routev3.DirectResponseAction{Status: 404}}
@@ -142,24 +215,73 @@ func elsewhere() *routev3.Route {
 	}
 }
 
+// elsewhereOverGRPC is the same for calls of gRPC, of which nobody knows whether they ever end: the answer does not wait.
+func elsewhereOverGRPC() *routev3.Route {
+	out := elsewhere()
+	out.Name += "-grpc"
+	out.Match.Headers = []*routev3.HeaderMatcher{grpcContent()}
+	out.TypedPerFilterConfig = map[string]*anypb.Any{bodyFilter: pack(bufferOff())}
+	return out
+}
+
+// bufferOff lets a request pass before its end.
+func bufferOff() *bufferv3.BufferPerRoute {
+	return &bufferv3.BufferPerRoute{Override: &bufferv3.BufferPerRoute_Disabled{Disabled: true}}
+}
+
+// grpcContent matches what a call of gRPC says that it is (gRPC over HTTP/2, "Content-Type"), and no other message format
+// than Protocol Buffers.
+func grpcContent() *routev3.HeaderMatcher {
+	return &routev3.HeaderMatcher{
+		Name: "content-type",
+		HeaderMatchSpecifier: &routev3.HeaderMatcher_StringMatch{StringMatch: &matchv3.StringMatcher{
+			MatchPattern: &matchv3.StringMatcher_SafeRegex{SafeRegex: &matchv3.RegexMatcher{Regex: `application/grpc(\+proto)?`}}}},
+	}
+}
+
 func bare(e *segment.Endpoint, r segment.Route) *routev3.Route {
 	asks := string(r.Operation) + " " // what the caller named follows
 	switch r.Resource {
 	case segment.NoResource:
 		asks = "anything here"
+	case segment.Everything:
+		asks = fmt.Sprintf("%s on everything here, which %s needs: it names its %s where this gateway does not look, or not at all",
+			r.Operation, r.Name, resources(e.Protocol))
 	case segment.PathID:
 		asks = string(r.Operation) + " on this collection"
 	}
-	return &routev3.Route{
+	out := &routev3.Route{
 		Name:  r.Name,
 		Match: matchOf(ownPath(e, r.Path), r.Method),
 		Metadata: metadata(map[string]string{
 			"operation": string(r.Operation),
 			"asks":      asks,
-			"gen_ai":    genAIOperation(r),
+			"gen_ai":    genAIOperation(e.Protocol, r),
 		}),
-		TypedPerFilterConfig: map[string]*anypb.Any{extractFilter: pack(&luav3.LuaPerRoute{FilterContext: extraction(e, r)})},
+		TypedPerFilterConfig: map[string]*anypb.Any{extractFilter: pack(&luav3.LuaPerRoute{FilterContext: extraction(e, r).context()})},
 	}
+	if overGRPC(r) {
+		out.Match.Headers = append(out.Match.Headers, grpcContent())
+	}
+	if endless(r) {
+		out.TypedPerFilterConfig[bodyFilter] = pack(bufferOff())
+	}
+	return out
+}
+
+// resources is what the protocol's resources are to those who read an answer.
+func resources(p segment.Protocol) string {
+	switch p {
+	case segment.OpenAI, segment.Anthropic, segment.Gemini:
+		return "models"
+	case segment.HTTP:
+		return "paths"
+	case segment.GRPC:
+		return "methods"
+	case segment.MCP:
+		return "tools"
+	}
+	return "collections"
 }
 
 // ownPath writes the endpoint's own tenant and database into a path template.
@@ -176,6 +298,7 @@ func matchOf(path, method string) *routev3.RouteMatch {
 		}},
 	}
 	if strings.Contains(path, "{") {
+		path = strings.ReplaceAll(path, "}:", "=*}:") // Envoy wants it said that a part of a segment is meant
 		match.PathSpecifier = &routev3.RouteMatch_PathMatchPolicy{
 			PathMatchPolicy: extension("template", &uritemplatev3.UriTemplateMatchConfig{PathTemplate: path})}
 	}

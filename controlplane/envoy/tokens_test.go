@@ -56,7 +56,7 @@ var tokenMutations = []mutation{
 	}},
 	{"somebody else refuses", func(v victim) {
 		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter {
-			f[1] = filter(callerFilter, extractor())
+			f[1] = filter(callerFilter, extractor(&segment.Endpoint{Protocol: segment.OpenAI}))
 			return f
 		})
 	}},

@@ -37,6 +37,29 @@ func Read(path string) []v1alpha1.Document {
 	return decode(new(v1alpha1.Memo), read(path, func(string) {}))
 }
 
+// Apart refuses two paths of which one is read with the other, or may be: the documents of a shadow folder among those
+// that are enforced would be enforced as well. What is not there is taken as it is written.
+func Apart(a, b string) error {
+	real := [2]string{a, b}
+	for i, path := range real {
+		absolute, err := filepath.Abs(path)
+		if err != nil {
+			return err
+		}
+		real[i] = absolute
+		if resolved, err := filepath.EvalSymlinks(absolute); err == nil {
+			real[i] = resolved
+		}
+	}
+	for i := range real {
+		inside, err := filepath.Rel(real[i], real[1-i])
+		if err == nil && inside != ".." && !strings.HasPrefix(inside, "../") {
+			return fmt.Errorf("%s is in %s", [2]string{a, b}[1-i], [2]string{a, b}[i])
+		}
+	}
+	return nil
+}
+
 // file is what was found at a path: a text, or why there is none.
 type file struct {
 	path string
@@ -180,7 +203,7 @@ func unreadable(path string, err error) file {
 	}
 	hint := "let sallyport read it"
 	if errors.Is(err, fs.ErrNotExist) {
-		hint = "make it, or name another with -f"
+		hint = "make it, or name another with -f or --shadow"
 	}
 	return file{path: path, bad: segment.Problem{Code: "unreadable", Pos: segment.Pos{File: path}, Msg: "cannot be read: " + err.Error(), Hint: hint}}
 }

@@ -328,3 +328,27 @@ func BenchmarkChange(b *testing.B) {
 		}
 	}
 }
+
+// Documents of a shadow folder that are read with the others would be enforced.
+func TestApart(t *testing.T) {
+	dir := t.TempDir()
+	write(t, "# nothing\n", dir, "documents", "a.yaml")
+	write(t, "# nothing\n", dir, "documents", "shadow", "a.yaml")
+	write(t, "# nothing\n", dir, "documents-2", "a.yaml")
+	must(t, os.Symlink("documents/shadow", filepath.Join(dir, "link")), os.Symlink("documents-2", filepath.Join(dir, "other")))
+	t.Chdir(dir)
+	for _, c := range []struct {
+		a, b  string
+		apart bool
+	}{
+		{"documents", "documents-2", true}, {"documents", "other", true}, {"documents", "nowhere", true}, {"documents/a.yaml", "documents/shadow", true},
+		{"documents/a.yaml", "documents/b.yaml", true}, {"documents", filepath.Join(dir, "documents-2"), true},
+		{"documents", "documents", false}, {"documents", "documents/", false}, {"documents", "documents/shadow", false}, {"documents", "link", false},
+		{"documents", "documents/nowhere", false}, {"documents", filepath.Join(dir, "documents/shadow"), false}, {"documents", ".", false},
+		{"documents/../documents-2", "other", false}, {"documents", "documents/a.yaml", false}, {"/", "documents", false}, {"documents", "..", false},
+	} {
+		if ab, ba := Apart(c.a, c.b), Apart(c.b, c.a); (ab == nil) != c.apart || (ba == nil) != c.apart {
+			t.Errorf("%s and %s: %v, %v", c.a, c.b, ab, ba)
+		}
+	}
+}

@@ -1,7 +1,7 @@
 // Package operator is what a running control plane tells its operators: HTTP with JSON over a Unix socket that only
 // its own user can open.
 //
-// It is for the commands `status`, `explain`, `render`, `flows` and `traces`, which are its only client. It changes
+// It is for the commands `status`, `explain`, `render`, `flows`, `traces`, `shadow` and `suggest`, which are its only client. It changes
 // nothing itself: documents are changed where they are kept. What other parts let operators do stands in Actions.
 package operator
 
@@ -66,6 +66,7 @@ type Status struct {
 	About
 	Generation *Generation      `json:"generation"` // null: none yet, and everything is denied
 	Problems   segment.Problems `json:"problems,omitempty"`
+	Shadow     segment.Problems `json:"shadow_problems,omitempty"` // of the shadow folder, whose last good documents are tried on
 	Failure    string           `json:"failure,omitempty"`
 	Gateways   []xds.Status     `json:"gateways"`
 	// Federation is what is known of other trust domains.
@@ -82,6 +83,7 @@ type Generation struct {
 	Endpoints int                 `json:"endpoints"`
 	Workloads int                 `json:"workloads"`
 	Grants    int                 `json:"grants"`
+	Warnings  int                 `json:"warnings"` // that check has of the grants
 }
 
 // Warning is the header of an answer that is not whole. Its value says why.
@@ -103,6 +105,9 @@ func (s *Server) Handler() http.Handler {
 	mux.HandleFunc("GET /flows", s.flows)
 	mux.HandleFunc("GET /traces", s.traces)
 	mux.HandleFunc("GET /traces/{id}", s.trace)
+	mux.HandleFunc("GET /shadow", s.shadow)
+	mux.HandleFunc("GET /suggest", s.suggest)
+	mux.HandleFunc("GET /unused", s.unused)
 	for pattern, action := range s.Actions {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			v, err := action(r.URL.Query())
@@ -123,10 +128,10 @@ func (s *Server) Handler() http.Handler {
 
 func (s *Server) status(w http.ResponseWriter, r *http.Request) {
 	state := s.Pipeline.State()
-	out := Status{About: s.About, Problems: state.Problems, Failure: state.Failure,
+	out := Status{About: s.About, Problems: state.Problems, Shadow: state.Shadow, Failure: state.Failure,
 		Gateways: s.Gateways.Status(), Federation: s.Federation.Status(), Issuers: s.Issuers.Status(), Telemetry: s.Store.Stats(r.Context())}
 	if g := state.Generation; g != nil {
-		out.Generation = &Generation{g.Digest, g.Made, len(g.Config.Endpoints), len(g.Config.Workloads), len(g.Config.Grants)}
+		out.Generation = &Generation{g.Digest, g.Made, len(g.Config.Endpoints), len(g.Config.Workloads), len(g.Config.Grants), len(authz.Warnings(&g.Config, g.Made))}
 	}
 	answer(w, out)
 }

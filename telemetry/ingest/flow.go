@@ -1,6 +1,8 @@
 package ingest
 
 import (
+	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
@@ -24,6 +26,7 @@ const (
 	tagOperation     = "operation"
 	tagTraceID       = "trace_id"
 	tagSpanID        = "span_id"
+	tagGRPCStatus    = "grpc_status" // number; of calls of gRPC only
 	clientDisconnect = "downstream_remote_disconnect"
 )
 
@@ -53,9 +56,14 @@ func FlowOf(entry *accesslogv3.HTTPAccessLogEntry, node *corev3.Node) telemetry.
 	path, _, _ := strings.Cut(req.GetPath(), "?")
 	f.Path = clip(path, maxText)
 	f.Status = int(resp.GetResponseCode().GetValue())
+	if code := tag(common, tagGRPCStatus); code != "" && f.Status == http.StatusOK {
+		f.Status = statusOfGRPC(code)
+	}
 	f.Detail = clip(resp.GetResponseCodeDetails(), maxText)
 	if why := ours.text("refused"); why != "" {
 		f.Detail = why
+	} else if more := ours.text("beyond"); more != "" { // than its name, which the flow is not about then
+		f.Detail = "asks for " + strings.TrimPrefix(more, "on ")
 	}
 	f.BytesIn, f.BytesOut = size(req.GetRequestBodyBytes()), size(resp.GetResponseBodyBytes())
 
@@ -104,6 +112,18 @@ func flowOf(common *accesslogv3.AccessLogCommon, node *corev3.Node) telemetry.Fl
 		Duration: max(0, took.AsDuration()),
 		Gateway:  segment.GatewayName(clip(node.GetId(), maxName)),
 	}
+}
+
+// grpcStatuses are what the status codes of gRPC are in HTTP, by google.rpc.Code.
+var grpcStatuses = []int{200, 499, 500, 400, 504, 404, 409, 403, 429, 400, 409, 400, 501, 500, 503, 500, 401}
+
+// statusOfGRPC returns the status of HTTP that a status code of gRPC stands for; all calls have 200 themselves.
+func statusOfGRPC(code string) int {
+	n, err := strconv.Atoi(code)
+	if err != nil || n < 0 || n >= len(grpcStatuses) {
+		return http.StatusInternalServerError
+	}
+	return grpcStatuses[n]
 }
 
 // tag returns a custom tag of the log entry. Envoy writes "-" for a value that is missing.

@@ -219,3 +219,28 @@ func FuzzTLSFailure(f *testing.F) {
 		}
 	})
 }
+
+// A call of gRPC has status 200 whatever became of it; its own status tells.
+func TestStatusOfGRPC(t *testing.T) {
+	entry := func(code string) *accesslogv3.HTTPAccessLogEntry {
+		return &accesslogv3.HTTPAccessLogEntry{
+			CommonProperties: &accesslogv3.AccessLogCommon{
+				CustomTags: map[string]string{"grpc_status": code},
+				Metadata: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
+					rbacMetadata: {Fields: map[string]*structpb.Value{"enforced_engine_result": structpb.NewStringValue("allowed")}},
+					ourMetadata:  {Fields: map[string]*structpb.Value{"beyond": structpb.NewStringValue("on everything here, which field 14 of the message asks for")}},
+				}},
+			},
+			Response: &accesslogv3.HTTPResponseProperties{ResponseCode: wrapperspb.UInt32(200)},
+		}
+	}
+	for code, want := range map[string]int{"0": 200, "-": 200, "": 200, "3": 400, "7": 403, "14": 503, "16": 401, "17": 500, "-1": 500, "x": 500} {
+		f := FlowOf(entry(code), nil)
+		if f.Status != want || (f.Verdict == telemetry.Failed) != (want >= 500) {
+			t.Errorf("%q is recorded as %d, %s", code, f.Status, f.Verdict)
+		}
+		if !strings.HasPrefix(f.Detail, "asks for everything here, which field 14") {
+			t.Errorf("the flow says %q", f.Detail)
+		}
+	}
+}

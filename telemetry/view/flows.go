@@ -38,7 +38,7 @@ func note(f telemetry.Flow) cell {
 	if f.Verdict == telemetry.Refused || f.Verdict == telemetry.Failed {
 		return cell{clean(f.Detail, 100), ""}
 	}
-	if f.Shadow != "" && f.ShadowBy != "default-deny" && f.Shadow != f.Verdict {
+	if f.Shadow != "" && f.Shadow != f.Verdict {
 		return cell{"shadow: " + verdict(f.Shadow).text + " by " + clean(f.ShadowBy, 48), yellow}
 	}
 	return cell{}

@@ -4,21 +4,16 @@
 // It is for tests, and for more than one: what the policy answers and what a real Envoy answers must be the same,
 // so both are asked the same. It decides nothing itself.
 //
-// A table is a txtar archive with the files "documents.yaml" and "decisions". A line of decisions is
-//
-//	caller endpoint operation resource → verdict rule
-//	caller endpoint operation resource → verdict rule, shadow verdict rule
-//
-// where the shadow's answer is left out if it is the same. A caller that begins with "/" is in example.org. What
-// has blanks in it, or is empty, is written in quotes, as in Go. "now: TIME" (RFC 3339) sets the clock for the
-// lines below it; "#" begins a comment.
+// A table is a txtar archive with the files "documents.yaml" and "decisions", whose lines package decisiontable
+// describes, and between them "shadow.yaml" if there is a shadow folder. Each line names the rule. A caller that begins
+// with "/" is in example.org.
 package corpus
 
 import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
+	"regexp"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -28,6 +23,7 @@ import (
 
 	"sallyport.dev/api/v1alpha1"
 	"sallyport.dev/authz"
+	"sallyport.dev/authz/decisiontable"
 	"sallyport.dev/segment"
 )
 
@@ -38,6 +34,7 @@ const widest = 50
 type Case struct {
 	Name      string // of the file; with the moment behind it, if the file has several
 	Documents []byte // YAML
+	Shadow    []byte // YAML of the shadow folder; nil: there is none
 	Now       time.Time
 	Lines     []Line
 }
@@ -59,11 +56,55 @@ func Options() v1alpha1.Options {
 
 // Config assembles the documents.
 func (c *Case) Config() (segment.Config, error) {
-	config, problems := v1alpha1.Assemble(v1alpha1.Decode(c.Name, c.Documents), Options())
+	documents := v1alpha1.Decode(c.Name, c.Documents)
+	config, problems := v1alpha1.Assemble(documents, Options())
 	if problems != nil {
 		return segment.Config{}, problems
 	}
+	if c.Shadow != nil {
+		config.ShadowFolder = true
+		if config.Shadow, problems = v1alpha1.AssembleShadow(documents, v1alpha1.Decode(c.Name+"/shadow", c.Shadow), Options()); problems != nil {
+			return segment.Config{}, problems
+		}
+	}
 	return config, nil
+}
+
+var (
+	limits  = regexp.MustCompile(`(?m)^  (notBefore|expires): .*\n`)
+	windows = regexp.MustCompile(`(?m)^  windows:.*\n(  - .*\n)*`)
+)
+
+// Timeless are the documents and those of the shadow folder, in which each grant holds for ever if it holds at the
+// moment of the case, and else never: for whoever has a clock that can't be set. Times must stand in lines of their own.
+func (c *Case) Timeless() (documents, shadow []byte, err error) {
+	config, err := c.Config()
+	if err != nil {
+		return nil, nil, err
+	}
+	timeless := func(text []byte, grants []segment.Grant) []byte {
+		over := map[string]bool{}
+		for i := range grants {
+			if holds, _ := grants[i].Holds(c.Now); !holds {
+				over[fmt.Sprintf("metadata: {name: %s}\nspec:\n", grants[i].Name)] = true
+			}
+		}
+		text = windows.ReplaceAll(limits.ReplaceAll(text, nil), nil)
+		parts := strings.SplitAfter(string(text), "---\n")
+		for i, part := range parts {
+			for name := range over {
+				if strings.Contains(part, "kind: Grant\n") && strings.Contains(part, name) {
+					parts[i] = strings.Replace(part, name, name+"  expires: '2001-01-01T00:00:00Z'\n", 1)
+				}
+			}
+		}
+		return []byte(strings.Join(parts, ""))
+	}
+	documents = timeless(c.Documents, config.Grants)
+	if c.Shadow != nil {
+		shadow = timeless(c.Shadow, config.Shadow)
+	}
+	return documents, shadow, nil
 }
 
 // Load reads all tables of a folder, in the order of their names.
@@ -88,18 +129,19 @@ func Update(dir string, answer func(*Case, *Line) authz.Decision) error {
 		var widths [4]int
 		for i := range cases {
 			for j := range cases[i].Lines {
-				row := columns(cases[i].Lines[j].Request)
+				row := decisiontable.Columns(cases[i].Lines[j].Request, Options().TrustDomain)
 				for k, cell := range row {
 					if n := utf8.RuneCountInString(cell); n <= widest {
 						widths[k] = max(widths[k], n)
 					}
 				}
-				rows = append(rows, append(row, answerText(answer(&cases[i], &cases[i].Lines[j]))))
+				rows = append(rows, append(row, decisiontable.Text(answer(&cases[i], &cases[i].Lines[j]))))
 			}
 		}
 		var out strings.Builder
-		for line := range strings.Lines(string(archive.Files[1].Data)) {
-			if !isRequest(line) {
+		decisions := &archive.Files[len(archive.Files)-1]
+		for line := range strings.Lines(string(decisions.Data)) {
+			if !decisiontable.IsRequest(line) {
 				out.WriteString(line)
 				continue
 			}
@@ -109,7 +151,7 @@ func Update(dir string, answer func(*Case, *Line) authz.Decision) error {
 			out.WriteString("→ " + rows[0][4] + "\n")
 			rows = rows[1:]
 		}
-		archive.Files[1].Data = []byte(out.String())
+		decisions.Data = []byte(out.String())
 		return os.WriteFile(file, txtar.Format(archive), 0o644)
 	})
 }
@@ -134,118 +176,38 @@ func each(dir string, do func(file string, archive *txtar.Archive) error) error 
 	return nil
 }
 
-func isRequest(line string) bool {
-	line = strings.TrimSpace(line)
-	return line != "" && line[0] != '#' && !strings.HasPrefix(line, "now:")
-}
-
 func read(file string, archive *txtar.Archive) ([]Case, error) {
-	if len(archive.Files) != 2 || archive.Files[0].Name != "documents.yaml" || archive.Files[1].Name != "decisions" {
-		return nil, fmt.Errorf("%s: must have documents.yaml and decisions, in this order", file)
+	last := len(archive.Files) - 1
+	if last < 1 || last > 2 || archive.Files[0].Name != "documents.yaml" || last == 2 && archive.Files[1].Name != "shadow.yaml" || archive.Files[last].Name != "decisions" {
+		return nil, fmt.Errorf("%s: must have documents.yaml, perhaps shadow.yaml, and decisions, in this order", file)
 	}
 	name := strings.TrimSuffix(filepath.Base(file), ".txtar")
 	fresh := Case{Name: name, Documents: archive.Files[0].Data, Now: time.Unix(1750000000, 0).UTC()}
-	cases := []Case{fresh}
-	n := strings.Count(string(archive.Comment), "\n") + strings.Count(string(archive.Files[0].Data), "\n") + 2
-	for text := range strings.Lines(string(archive.Files[1].Data)) {
-		n++
-		pos := fmt.Sprintf("%s:%d", file, n)
-		if at, ok := strings.CutPrefix(strings.TrimSpace(text), "now:"); ok {
-			now, err := time.Parse(time.RFC3339, strings.TrimSpace(at))
-			if err != nil {
-				return nil, fmt.Errorf("%s: %w", pos, err)
-			}
-			if len(cases[len(cases)-1].Lines) == 0 {
-				cases = cases[:len(cases)-1]
-			}
-			fresh.Name, fresh.Now = name+"@"+now.Format(time.RFC3339), now
-			cases = append(cases, fresh)
-			continue
+	if last == 2 {
+		fresh.Shadow = archive.Files[1].Data
+	}
+	n := strings.Count(string(archive.Comment), "\n") + 2 // the first line of the decisions
+	for _, f := range archive.Files[:last] {
+		n += strings.Count(string(f.Data), "\n") + 1
+	}
+	lines, problems := decisiontable.Parse(segment.Pos{File: file, Line: n}, string(archive.Files[last].Data), Options().TrustDomain)
+	if problems != nil {
+		return nil, problems
+	}
+	var cases []Case
+	for _, line := range lines {
+		if line.Wants == decisiontable.Verdict {
+			return nil, fmt.Errorf("%s: must name the rule that decides", line.Pos)
 		}
-		if !isRequest(text) {
-			continue
+		c := fresh
+		if !line.Now.IsZero() {
+			c.Name, c.Now = name+"@"+line.Now.Format(time.RFC3339), line.Now
 		}
-		line, err := parseLine(text)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", pos, err)
+		if len(cases) == 0 || cases[len(cases)-1].Name != c.Name {
+			cases = append(cases, c)
 		}
-		line.Pos = pos
-		last := &cases[len(cases)-1]
-		last.Lines = append(last.Lines, line)
+		newest := &cases[len(cases)-1]
+		newest.Lines = append(newest.Lines, Line{Pos: line.Pos.String(), Request: line.Request, Want: line.Want})
 	}
 	return cases, nil
-}
-
-func parseLine(text string) (Line, error) {
-	fields, err := split(text)
-	if err != nil {
-		return Line{}, err
-	}
-	if len(fields) < 5 || fields[4] != "→" {
-		return Line{}, fmt.Errorf("must be: caller endpoint operation resource → verdict rule")
-	}
-	if strings.HasPrefix(fields[0], "/") {
-		fields[0] = Options().TrustDomain.IDString() + fields[0]
-	}
-	line := Line{Request: authz.Request{
-		Caller: fields[0], Endpoint: segment.EndpointName(fields[1]),
-		Operation: segment.Operation(fields[2]), Resource: fields[3],
-	}}
-	switch want := fields[5:]; {
-	case len(want) == 0: // one that is new, before Update
-	case len(want) == 2:
-		line.Want = authz.Decision{Allowed: want[0] == "allow", Rule: authz.Rule(want[1])}
-		line.Want.ShadowAllowed, line.Want.ShadowRule = line.Want.Allowed, line.Want.Rule
-	case len(want) == 5 && want[2] == "shadow":
-		line.Want = authz.Decision{
-			Allowed: want[0] == "allow", Rule: authz.Rule(strings.TrimSuffix(want[1], ",")),
-			ShadowAllowed: want[3] == "allow", ShadowRule: authz.Rule(want[4]),
-		}
-	default:
-		return Line{}, fmt.Errorf("must have a verdict and a rule, and perhaps those of the shadow: %q", want)
-	}
-	return line, nil
-}
-
-// split returns the fields of a line. One in quotes may hold anything.
-func split(text string) ([]string, error) {
-	var fields []string
-	for text = strings.TrimSpace(text); text != ""; text = strings.TrimSpace(text) {
-		if text[0] == '"' {
-			quoted, err := strconv.QuotedPrefix(text)
-			if err != nil {
-				return nil, fmt.Errorf("read %s: %w", text, err)
-			}
-			plain, _ := strconv.Unquote(quoted)
-			fields, text = append(fields, plain), text[len(quoted):]
-			continue
-		}
-		field, rest, _ := strings.Cut(text, " ")
-		fields, text = append(fields, field), rest
-	}
-	return fields, nil
-}
-
-func columns(r authz.Request) []string {
-	caller := r.Caller
-	if path, ok := strings.CutPrefix(caller, Options().TrustDomain.IDString()+"/"); ok {
-		caller = "/" + path
-	}
-	return []string{quote(caller), quote(string(r.Endpoint)), quote(string(r.Operation)), quote(r.Resource)}
-}
-
-func quote(s string) string {
-	if s == "" || strings.ContainsAny(s, " \t\"#→") || strconv.Quote(s) != `"`+s+`"` {
-		return strconv.Quote(s)
-	}
-	return s
-}
-
-func answerText(d authz.Decision) string {
-	verdict := map[bool]string{true: "allow", false: "deny"}
-	text := verdict[d.Allowed] + " " + string(d.Rule)
-	if d.ShadowAllowed != d.Allowed || d.ShadowRule != d.Rule {
-		text += ", shadow " + verdict[d.ShadowAllowed] + " " + string(d.ShadowRule)
-	}
-	return text
 }

@@ -3,6 +3,7 @@ package corpus
 import (
 	"fmt"
 	"strings"
+	_ "time/tzdata" // no test needs the time zones of its machine
 
 	"pgregory.net/rapid"
 
@@ -63,12 +64,42 @@ func Grant(name, effect, mode string) *rapid.Generator[string] {
 				from = append(from, fmt.Sprintf("{spiffeID: 'spiffe://example.org%s'}", c))
 			}
 		}
-		expires := ""
-		if rapid.IntRange(0, 4).Draw(t, "expires") == 0 {
-			expires = ", expires: '" + Between + "'"
-		}
 		return fmt.Sprintf(head+"{effect: %s, mode: %s, from: [%s], to: [%s]%s}\n", "Grant", name, effect, mode,
-			strings.Join(from, ", "), strings.Join(to, ", "), expires)
+			strings.Join(from, ", "), strings.Join(to, ", "), times().Draw(t, "times"))
+	})
+}
+
+// Zones are time zones in which clocks are put forward and back, by an hour and by half of one, or never.
+var Zones = []string{"UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu"}
+
+var clocks = []string{"00:00", "01:45", "02:00", "02:30", "03:00", "08:00", "18:00", "23:30"}
+
+// times are when a grant holds: for most of them, always.
+func times() *rapid.Generator[string] {
+	return rapid.Custom(func(t *rapid.T) string {
+		limits := ""
+		if rapid.IntRange(0, 4).Draw(t, "expires") == 0 {
+			limits += ", expires: '" + Between + "'"
+		}
+		if rapid.IntRange(0, 7).Draw(t, "not before") == 0 {
+			limits += ", notBefore: '" + rapid.SampledFrom([]string{Between, "2026-03-29T01:30:00Z"}).Draw(t, "moment") + "'"
+		}
+		if rapid.IntRange(0, 4).Draw(t, "windows") > 0 {
+			return limits
+		}
+		var windows []string
+		for range rapid.IntRange(1, 2).Draw(t, "many") {
+			from, to := rapid.SampledFrom(clocks).Draw(t, "from"), rapid.SampledFrom(clocks).Draw(t, "to")
+			if from == to {
+				to = "24:00"
+			}
+			days := ""
+			if rapid.Bool().Draw(t, "some days") {
+				days = ", days: [" + strings.Join(some([]string{"Sun", "Mon", "Wed", "Sat"}).Draw(t, "days"), ", ") + "]"
+			}
+			windows = append(windows, fmt.Sprintf("{from: '%s', to: '%s', timeZone: %s%s}", from, to, rapid.SampledFrom(Zones).Draw(t, "zone"), days))
+		}
+		return limits + ", windows: [" + strings.Join(windows, ", ") + "]"
 	})
 }
 
@@ -91,15 +122,31 @@ func Grants() *rapid.Generator[[]string] {
 // Assemble makes a configuration of documents that have nothing wrong with them.
 func Assemble(t rapid.TB, docs []string) segment.Config {
 	t.Helper()
-	var all []v1alpha1.Document
-	for i, d := range docs {
-		all = append(all, v1alpha1.Decode(fmt.Sprintf("f%02d", i), []byte(d))...)
-	}
-	config, problems := v1alpha1.Assemble(all, Options())
+	config, problems := v1alpha1.Assemble(decode("f", docs), Options())
 	if problems != nil {
 		t.Fatalf("%v\n%s", problems, strings.Join(docs, ""))
 	}
 	return config
+}
+
+// AssembleBeside is Assemble with a shadow folder.
+func AssembleBeside(t rapid.TB, docs, shadow []string) segment.Config {
+	t.Helper()
+	config := Assemble(t, docs)
+	grants, problems := v1alpha1.AssembleShadow(decode("f", docs), decode("s", shadow), Options())
+	if problems != nil {
+		t.Fatalf("%v\n%s", problems, strings.Join(shadow, ""))
+	}
+	config.Shadow, config.ShadowFolder = grants, true
+	return config
+}
+
+func decode(files string, docs []string) []v1alpha1.Document {
+	var all []v1alpha1.Document
+	for i, d := range docs {
+		all = append(all, v1alpha1.Decode(fmt.Sprintf("%s%02d", files, i), []byte(d))...)
+	}
+	return all
 }
 
 // Requests are all requests that may make a difference to the Endpoints and Grants.

@@ -36,9 +36,21 @@ func TestCorpus(t *testing.T) {
 			}
 		}
 	}
-	u := startUp(t, nil)
-	callers := map[string]*caller{}
+	u := startUp(t, nil, "--poll", "100ms")
+	folder := t.TempDir()
+	beside := startUp(t, nil, "--poll", "100ms", "--shadow", folder) // for tables with a shadow folder
+	callers := map[*up]map[string]*caller{u: {}, beside: {}}
 	asked := 0
+	texts := map[string]string{} // of each case: moments of one table at which the same grants hold are loaded once
+	for _, c := range cases {
+		documents, shadow, err := c.Timeless() // Envoy's clock is the real one
+		if err != nil {
+			t.Fatal(err)
+		}
+		texts[c.Name] = string(documents) + separator + string(shadow)
+	}
+	slices.SortStableFunc(cases, func(a, b corpus.Case) int { return strings.Compare(texts[b.Name], texts[a.Name]) }) // nothing at all comes last: it is there at first
+	loaded := map[*up]string{}
 	for n, c := range cases {
 		t.Run(c.Name, func(t *testing.T) {
 			config, err := c.Config()
@@ -49,14 +61,24 @@ func TestCorpus(t *testing.T) {
 			for i := range config.Endpoints {
 				hosts[config.Endpoints[i].Name] = &config.Endpoints[i]
 			}
-			u.load(t, n, &c, &config, b)
+			u := u
+			if c.Shadow != nil {
+				u = beside
+			}
+			if text := texts[c.Name]; loaded[u] != text {
+				u.load(t, n, text, folder, &config, b)
+				loaded[u] = text
+			}
 			policy := authz.Compile(&config, c.Now)
 			var judged []judgement
 			for _, l := range c.Lines {
-				if j, ok := ask(t, u, callers, hosts[l.Request.Endpoint], &l); ok {
+				if j, ok := ask(t, u, callers[u], hosts[l.Request.Endpoint], &l); ok {
 					asked++
 					if j.line != nil {
 						judged = append(judged, j)
+					}
+					if l.Request.Operation == segment.Admin && j.status == http.StatusOK { // it is deleted, which the store does not mean
+						u.known(t, hosts[l.Request.Endpoint], l.Request.Resource)
 					}
 				}
 			}
@@ -69,30 +91,25 @@ func TestCorpus(t *testing.T) {
 	}
 }
 
-var (
-	backendAddress = regexp.MustCompile(`127\.0\.0\.1:\d+`)
-	expires        = regexp.MustCompile(`expires: '([^']*)'`)
-)
+// separator stands between the documents of a case and those of its shadow folder.
+const separator = "---\n# shadow\n"
+
+var backendAddress = regexp.MustCompile(`127\.0\.0\.1:\d+`)
 
 // load makes the documents of a case the only ones, and returns when all of them are in force: a caller of this
 // load only, with a grant to everything, gets through everywhere.
-func (u *up) load(t *testing.T, n int, c *corpus.Case, config *segment.Config, b *backend) {
+func (u *up) load(t *testing.T, n int, text, shadowFolder string, config *segment.Config, b *backend) {
 	t.Helper()
-	text := backendAddress.ReplaceAllString(string(c.Documents), b.address())
-	text = expires.ReplaceAllStringFunc(text, func(s string) string { // Envoy's clock is the real one
-		end, err := time.Parse(time.RFC3339, expires.FindStringSubmatch(s)[1])
-		if err != nil {
-			t.Fatal(err)
-		}
-		if c.Now.Before(end) {
-			return "expires: '2199-01-01T00:00:00Z'"
-		}
-		return "expires: '2001-01-01T00:00:00Z'"
-	})
+	text, tried, _ := strings.Cut(backendAddress.ReplaceAllString(text, b.address()), separator)
+	beside := tried != ""
 	canary := fmt.Sprintf("/canary/%d", n)
 	for _, e := range config.Endpoints {
-		operations := map[segment.Protocol]string{segment.OpenAI: "Infer", segment.Chroma: "Read"}[e.Protocol]
+		operations := map[segment.Protocol]string{segment.OpenAI: "Infer", segment.Chroma: "Write"}[e.Protocol] // which no table denies to everybody
 		text += grant("canary-"+string(e.Name), canary, string(e.Name), operations, "'*'")
+		tried += grant(fmt.Sprintf("tried-%d-%s", n, e.Name), canary, string(e.Name), operations, "'*'")
+	}
+	if beside {
+		write(t, u.dir, shadowFolder, "case.yaml", tried)
 	}
 	before := u.status(t)
 	u.write(t, "case.yaml", text)
@@ -104,13 +121,30 @@ func (u *up) load(t *testing.T, n int, c *corpus.Case, config *segment.Config, b
 		return st.Generation.Digest != before.Generation.Digest && st.Gateways[0].InForce == string(st.Generation.Digest)
 	})
 	who := u.as(t, canary, http2)
+	u.canary = who
 	for _, e := range config.Endpoints {
 		ask := request{method: http.MethodGet, host: e.Hostnames[0], path: "/v1/models"}
 		if e.Protocol == segment.Chroma {
-			ask.path = listPath + "/" + uuidOf(b.collections[0]) + "/count"
+			ask.method, ask.path = http.MethodPost, listPath+"/"+uuidOf(b.collections[0])+"/upsert"
 		}
-		eventually(t, "way through "+string(e.Name), func() bool { return who.send(t, ask).status == http.StatusOK })
+		eventually(t, "way through "+string(e.Name), func() bool {
+			a := who.send(t, ask)
+			if a.status != http.StatusOK || !beside {
+				return a.status == http.StatusOK
+			}
+			return u.flow(t, a).ShadowBy == fmt.Sprintf("grant/tried-%d-%s", n, e.Name)
+		})
 	}
+}
+
+// known waits until requests find a collection by its UUID again.
+func (u *up) known(t *testing.T, e *segment.Endpoint, name string) {
+	t.Helper()
+	if e.Protocol != segment.Chroma {
+		return
+	}
+	ask := request{method: http.MethodPost, host: e.Hostnames[0], path: listPath + "/" + uuidOf(name) + "/upsert"}
+	eventually(t, name+" known again", func() bool { return u.canary.send(t, ask).status == http.StatusOK })
 }
 
 // judgement is an answer that must have left a flow. Without a line there is nothing more to check.
@@ -138,7 +172,7 @@ func ask(t *testing.T, u *up, callers map[string]*caller, e *segment.Endpoint, l
 	_, err := spiffeid.FromString(r.Caller)
 	switch {
 	case e == nil, !strings.HasPrefix(r.Caller, domain+"/"): // no such server name, or not a member: no connection
-		if a.err == nil {
+		if a.err == nil && (e == nil || e.Tokens == nil || a.status != http.StatusUnauthorized) { // with tokens, TLS lets everybody in
 			t.Errorf("%s: %+v got through TLS: %v", l.Pos, r, a)
 		}
 		return judgement{}, true

@@ -35,6 +35,7 @@ type up struct {
 	exit     chan struct{} // closed when the process has ended
 	keys     keys
 	operator *operator.Client
+	canary   *caller // who may do everything, as far as a test has one
 }
 
 // newUp makes the folder and writes the documents, and starts nothing.
@@ -174,11 +175,16 @@ func childrenOf(parent int) []int {
 // write writes a document as careful editors do: whole, at once.
 func (u *up) write(t testing.TB, name, text string) {
 	t.Helper()
-	temporary := filepath.Join(u.dir, name+".new")
+	write(t, u.dir, u.docs, name, text)
+}
+
+func write(t testing.TB, elsewhere, folder, name, text string) {
+	t.Helper()
+	temporary := filepath.Join(elsewhere, name+".new")
 	if err := os.WriteFile(temporary, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Rename(temporary, filepath.Join(u.docs, name)); err != nil {
+	if err := os.Rename(temporary, filepath.Join(folder, name)); err != nil {
 		t.Fatal(err)
 	}
 }
