@@ -656,6 +656,40 @@ func TestNextGateway(t *testing.T) {
 	}
 }
 
+// TestGatewayRenews has the agent's bundle be newer than the gateway's certificate, for three handshakes.
+func TestGatewayRenews(t *testing.T) {
+	w := mine(t, "tcp")
+	renews, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer renews.Close()
+	before, after := startGateway(t, identitytest.Authority(t)).target.Addresses[0], w.where()
+	go func() {
+		for n := 0; ; n++ {
+			in, err := renews.Accept()
+			if err != nil {
+				return
+			}
+			to := after.Addresses[0]
+			if n < 3 {
+				to = before
+			}
+			out, err := net.Dial("tcp", to)
+			if err != nil {
+				in.Close()
+				continue
+			}
+			go func() { _, _ = io.Copy(out, in); out.Close() }()
+			go func() { _, _ = io.Copy(in, out); in.Close() }()
+		}
+	}()
+	moved := after
+	moved.Addresses = []string{renews.Addr().String()}
+	w.move(moved)
+	w.ask(t)
+}
+
 // TestSilentGateway has one accept connections and say nothing: it costs its share of the time, once.
 func TestSilentGateway(t *testing.T) {
 	w := mine(t, "tcp")

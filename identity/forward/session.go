@@ -3,6 +3,7 @@ package forward
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -28,6 +29,10 @@ const (
 	dialTimeout  = 10 * time.Second // for all gateways of an endpoint, and
 	// leastDialTimeout is for one of them: room for a packet that is lost.
 	leastDialTimeout = 3 * time.Second
+	// overlap is for how long a gateway is asked again whose authority is not known. When one is distrusted, the bundle
+	// without it and the gateway's next SVID are under way at the same time.
+	overlap      = 3 * time.Second
+	overlapPause = 100 * time.Millisecond
 	firstRetry       = time.Second
 	lastRetry        = 30 * time.Second
 )
@@ -313,6 +318,21 @@ func (e unreachedError) Error() string {
 func (e unreachedError) Unwrap() []error { return e }
 
 func (d *dialer) dial(ctx context.Context, network, _ string) (net.Conn, error) {
+	for until := time.Now().Add(overlap); ; {
+		c, err := d.dialAny(ctx, network)
+		if unknown := (x509.UnknownAuthorityError{}); err == nil || !errors.As(err, &unknown) || time.Now().After(until) {
+			return c, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(overlapPause):
+		}
+	}
+}
+
+// dialAny tries each gateway once, beginning with the one that was there last.
+func (d *dialer) dialAny(ctx context.Context, network string) (net.Conn, error) {
 	begin, n := int(d.last.Load()), len(d.addresses)
 	var why unreachedError
 	for i := range n {
