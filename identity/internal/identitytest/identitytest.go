@@ -24,10 +24,13 @@ import (
 	"sallyport.dev/segment"
 )
 
-// Authority returns a new authority of the trust domain example.org, valid for a day.
+// TrustDomain is that of the workloads.
+var TrustDomain = spiffeid.RequireTrustDomainFromString("example.org")
+
+// Authority returns a new authority of TrustDomain, valid for a day.
 func Authority(t testing.TB) *identity.Authority {
 	t.Helper()
-	return authority(t, spiffeid.RequireTrustDomainFromString("example.org"))
+	return authority(t, TrustDomain)
 }
 
 func authority(t testing.TB, td spiffeid.TrustDomain) *identity.Authority {
