@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -46,18 +45,7 @@ func followIssuers(t testing.TB, dir string, dial func(context.Context, string, 
 		t.Fatal(err)
 	}
 	f.fetcher.dial = dial
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() {
-		if err := f.Run(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-	f.end = sync.OnceFunc(func() {
-		cancel()
-		running.Wait()
-	})
-	t.Cleanup(f.end)
+	f.end = runs(t, f.Run)
 	return f
 }
 

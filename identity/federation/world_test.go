@@ -273,19 +273,25 @@ func follow(t testing.TB, dir string, dial func(context.Context, string, string)
 		t.Fatal(err)
 	}
 	f.fetcher.dial = dial
+	f.end = runs(t, f.Run)
+	return f
+}
+
+// runs has run go on until the test or the caller ends it.
+func runs(t testing.TB, run func(context.Context) error) (end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {
-		if err := f.Run(ctx); err != nil {
+		if err := run(ctx); err != nil {
 			t.Error(err)
 		}
 	})
-	f.end = sync.OnceFunc(func() {
+	end = sync.OnceFunc(func() {
 		cancel()
 		running.Wait()
 	})
-	t.Cleanup(f.end)
-	return f
+	t.Cleanup(end)
+	return end
 }
 
 // of is the status of a trust domain.

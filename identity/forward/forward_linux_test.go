@@ -946,6 +946,25 @@ func TestAnothersSocket(t *testing.T) {
 	}
 }
 
+// stream begins a request whose answer is what the test sends, until it closes the channel.
+func (w *world) stream(t *testing.T) (*http.Response, chan<- string) {
+	t.Helper()
+	events := make(chan string)
+	w.handle(func(rw http.ResponseWriter, _ *http.Request) {
+		rw.(http.Flusher).Flush()
+		for e := range events {
+			_, _ = io.WriteString(rw, e)
+			rw.(http.Flusher).Flush()
+		}
+	})
+	stream, err := w.client.Get(w.base + "/chat/v1/chat/completions")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stream.Body.Close() })
+	return stream, events
+}
+
 func TestRotation(t *testing.T) {
 	onBoth(t, func(t *testing.T, w *world) {
 		me := identitytest.Entry("me", identitytest.Me())
@@ -954,19 +973,7 @@ func TestRotation(t *testing.T) {
 		if again := w.ask(t); again.Conn != before.Conn {
 			t.Error("connections are not kept")
 		}
-		events := make(chan string)
-		w.handle(func(rw http.ResponseWriter, _ *http.Request) {
-			rw.(http.Flusher).Flush()
-			for e := range events {
-				_, _ = io.WriteString(rw, e)
-				rw.(http.Flusher).Flush()
-			}
-		})
-		stream, err := w.client.Get(w.base + "/chat/v1/chat/completions")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer stream.Body.Close()
+		stream, events := w.stream(t)
 		w.handle(nil)
 		me.DNSNames = []string{"me.internal"} // another certificate
 		w.issuer.Set([]issuer.Entry{me})

@@ -586,19 +586,7 @@ func TestGatewayMoves(t *testing.T) {
 		w.issuer.Set([]issuer.Entry{identitytest.Entry("me", identitytest.Me())})
 		other := startGateway(t, w.authority)
 		before := w.ask(t)
-		events := make(chan string)
-		w.handle(func(rw http.ResponseWriter, _ *http.Request) {
-			rw.(http.Flusher).Flush()
-			for e := range events {
-				_, _ = io.WriteString(rw, e)
-				rw.(http.Flusher).Flush()
-			}
-		})
-		stream, err := w.client.Get(w.base + "/chat/v1/chat/completions")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer stream.Body.Close()
+		stream, events := w.stream(t)
 		w.move(other.target)
 		if a := w.ask(t); a.Caller != before.Caller || a.Serial != before.Serial {
 			t.Errorf("got %+v", a)

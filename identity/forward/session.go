@@ -33,8 +33,8 @@ const (
 	// without it and the gateway's next SVID are under way at the same time.
 	overlap      = 3 * time.Second
 	overlapPause = 100 * time.Millisecond
-	firstRetry       = time.Second
-	lastRetry        = 30 * time.Second
+	firstRetry   = time.Second
+	lastRetry    = 30 * time.Second
 )
 
 // errIdle ends a session that nobody uses.
