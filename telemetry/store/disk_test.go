@@ -44,6 +44,7 @@ func (l *logged) count(text string) int {
 // A disk without room: records stay in memory and can be read, what was written can be read too, one line is logged,
 // and everything is written when there is room again.
 func TestFullDisk(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name string
 		// fill makes the next write fail for want of room, until release.
@@ -91,7 +92,7 @@ func TestFullDisk(t *testing.T) {
 			for ; s.Stats(t.Context()).Problem == ""; n++ {
 				s.Add(flowOf(n))
 			}
-			for end := n + 2000; n < end; n++ {
+			for end := n + 500; n < end; n++ {
 				s.Add(flowOf(n))
 			}
 			list, err := s.Flows(t.Context(), telemetry.FlowFilter{Limit: 10_000})
@@ -141,13 +142,14 @@ func writeUntilKilled(path string) {
 	go func() { _ = s.Run(context.Background()) }()
 	for n := 0; ; n++ {
 		s.Add(flowOf(n))
-		if n%500 == 0 {
+		if n%100 == 0 {
 			fmt.Println(s.Stats(context.Background()).Flows.Rows)
 		}
 	}
 }
 
 func TestKill(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "telemetry.db")
 	for round := range 3 {
 		cmd := exec.Command(os.Args[0])
@@ -168,7 +170,7 @@ func TestKill(t *testing.T) {
 			if told = max(told, n); last == 0 && n > 0 {
 				last = n
 			}
-			if last > 0 && n > last+3000 { // in the middle of its writing
+			if last > 0 && n > last+500 { // in the middle of its writing
 				break
 			}
 		}

@@ -30,6 +30,7 @@ func tallies(t testing.TB, s *Store, filter telemetry.FlowFilter, shadowed bool)
 
 // What is counted in the file and what is counted in memory is what one would count by hand.
 func TestTally(t *testing.T) {
+	t.Parallel()
 	var all []telemetry.Flow
 	s, _ := start(t, Config{})
 	add := func(n int) {
@@ -150,9 +151,10 @@ func TestExamplesAndSince(t *testing.T) {
 
 // Requests that are all different make as many tallies.
 func TestTallyOfManyDifferent(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, Config{})
 	until(t, "the file", func() bool { return s.Stats(t.Context()).Problem == "" })
-	const n = 20_000
+	const n = 4_000
 	for i := range n {
 		f := flowOf(i)
 		f.Resource = fmt.Sprint("model-", i)
