@@ -6,19 +6,23 @@ venv := $(CURDIR)/.parts/venv
 race := $(if $(shell command -v gcc || command -v cc),-race)
 
 export PYTHONDONTWRITEBYTECODE := 1
+unexport FUZZTIME # which tests take for an order to go on
 export GOLANGCI_LINT_CACHE := $(CURDIR)/.parts/golangci-lint
 
-.PHONY: help build parts demo up test vet lint unit fuzz python bench golden proto lock clean
+.PHONY: help build parts clients demo up test vet lint unit fuzz python conformance bench golden proto lock clean
 .NOTPARALLEL: test
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 build: ## Build .parts/bin/sallyport, and the demo
 	go build -o .parts/bin/ ./cmd/sallyport ./test/demo
 
 parts: ## Install what the demo runs: Envoy, a model server with its model, Chroma, their clients
 	deploy/parts/install.sh
+
+clients: parts ## Install the official Python clients that the tests use
+	deploy/parts/clients.sh
 
 demo: build parts ## Run the RAG application behind the gateway, and check every verdict
 	.parts/bin/demo
@@ -34,16 +38,22 @@ vet:
 lint: ## Look for mistakes (.golangci.yaml)
 	go tool -modfile=tools/go.mod golangci-lint run ./...
 
-unit: parts ## Run the Go tests, under the race detector where there is a C compiler
+unit: parts clients ## Run the Go tests, under the race detector where there is a C compiler
 	go test $(race) ./...
 
-fuzz: ## Fuzz every target for FUZZTIME (10s)
+fuzz: parts ## Fuzz every target for FUZZTIME (10s), and the real Envoy with policies and bodies for as long
 	@grep -rEo --include='*_test.go' '^func Fuzz\w+' */ | while IFS=: read -r file target; do \
 		(set -x; go test ./$${file%/*} -run '^$$' -fuzz "^$${target#func }\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x) || exit; \
 	done
+	FUZZTIME=$(FUZZTIME) go test ./test/real -count 1 -timeout 0 -v -run '^(TestPolicies|TestBodiesAsDecodersReadThem)$$'
 
 python: parts ## Run the tests of the examples
 	cd examples/rag && $(venv)/bin/python -m unittest discover -p '*_test.py'
+
+conformance: parts ## Run the public conformance tests of MCP through the gateway (needs npm, on Linux for amd64)
+	mkdir -p .parts/conformance && cp deploy/parts/conformance/package*.json .parts/conformance/
+	npm ci --prefix .parts/conformance --ignore-scripts --no-audit --no-fund
+	CONFORMANCE=$(CURDIR)/.parts/conformance go test ./test/real -run TestMCPConformance -count 1 -v
 
 bench: build parts ## Measure what the gateway costs
 	go run ./test/bench

@@ -33,6 +33,8 @@ type Request struct {
 type Decision struct {
 	Allowed bool `json:"allowed"`
 	Rule    Rule `json:"rule"`
+	// Budget is what the request is counted against, if it is allowed; zero: it is not counted.
+	Budget segment.Budget `json:"budget,omitzero"`
 	// What the answer would be if the shadow folder were enforced instead; without one, if every grant in Shadow mode
 	// were enforced, too.
 	ShadowAllowed bool `json:"shadow_allowed"`
@@ -61,8 +63,9 @@ type Endpoint struct {
 	// What the next policy may take over.
 	models     []string
 	operations []segment.Operation
-	made       map[string]*Class // by the statements that each is made from; some are equal
-	distinct   map[string]*Class // by ID
+	about      Table[[]*statement] // the statements that name a caller, in their order
+	uses       Table[use]          // of the classes, by their IDs
+	tried      int                 // statements that take part in one of the two decisions only
 }
 
 // Class is what a set of callers may do at one endpoint: all callers with the same rights by the same rules.
@@ -70,6 +73,27 @@ type Class struct {
 	ID       string // digest of its content
 	Enforced Rights
 	Shadow   Rights // see Decision; equal to Enforced where nothing is tried
+
+	leaves int // zero: not counted yet
+}
+
+// Leaves is the size of the class: how many leaves the larger of its two rights has.
+func (c *Class) Leaves() int {
+	if c.leaves > 0 {
+		return c.leaves
+	}
+	return c.count()
+}
+
+func (c *Class) count() int {
+	enforced, shadow := 0, 0
+	for _, table := range c.Enforced {
+		enforced += table.Len()
+	}
+	for _, table := range c.Shadow {
+		shadow += table.Len()
+	}
+	return max(enforced, shadow)
 }
 
 // Rights maps operations to what is decided about resources. Operations that are missing are denied.
@@ -77,8 +101,9 @@ type Rights map[segment.Operation]Table[Leaf]
 
 // Leaf is one decision and what it is named after.
 type Leaf struct {
-	Allowed bool `json:"allowed"`
-	Rule    Rule `json:"rule"`
+	Allowed bool           `json:"allowed"`
+	Rule    Rule           `json:"rule"`
+	Budget  segment.Budget `json:"budget,omitzero"` // of the grant, where it is allowed
 }
 
 // Lookup decides operation × resource.
@@ -102,5 +127,5 @@ func Decide(p *Policy, r Request) Decision {
 	}
 	enforced := class.Enforced.Lookup(r.Operation, r.Resource)
 	shadow := class.Shadow.Lookup(r.Operation, r.Resource)
-	return Decision{enforced.Allowed, enforced.Rule, shadow.Allowed, shadow.Rule}
+	return Decision{enforced.Allowed, enforced.Rule, enforced.Budget, shadow.Allowed, shadow.Rule}
 }

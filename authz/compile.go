@@ -22,50 +22,54 @@ import (
 func Compile(cfg *segment.Config, now time.Time) *Policy { return Recompile(nil, cfg, now) }
 
 // Recompile is Compile for one who has an earlier policy, or nil. The policy is the same; it is sooner made, and
-// classes that are as they were are the same pointers.
+// classes and endpoints that are as they were are the same pointers.
+//
+// The grants are compared with those before, one by one. What they say is looked at only where it is new, is no longer said,
+// or begins or ends to hold; and only callers that this names, or that are below one, are decided about again.
 func Recompile(last *Policy, cfg *segment.Config, now time.Time) *Policy {
 	if last == nil {
 		last = &Policy{}
 	}
-	p := &Policy{Endpoints: make(map[segment.EndpointName]*Endpoint, len(cfg.Endpoints)), origin: last.origin.next(cfg)}
-	compilers := make(map[segment.EndpointName]*compiler, len(cfg.Endpoints))
+	p := &Policy{Endpoints: make(map[segment.EndpointName]*Endpoint, len(cfg.Endpoints)), origin: originOf(cfg)}
+	w := writer{Policy: p, last: last.origin, now: now, compilers: make(map[segment.EndpointName]*compiler, len(cfg.Endpoints))}
+	afresh := p.origin.folder != last.origin.folder // the same grants take part in other decisions
+	if afresh {
+		w.last = origin{}
+	}
+	w.unused = w.last.unused
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
-		compilers[e.Name] = newCompiler(e, last.Endpoints[e.Name])
-		compilers[e.Name].shadowed = cfg.ShadowFolder
+		c := newCompiler(e, last.Endpoints[e.Name], afresh)
+		c.folder = cfg.ShadowFolder
+		w.compilers[e.Name], w.afresh = c, w.afresh || c.last == nil
 	}
-	for i := range p.origin.grants {
-		g, in := &p.origin.grants[i], p.origin.part(i)
-		if in == (part{}) {
-			continue
-		}
-		holds, until := g.Holds(now)
-		if !until.IsZero() && (p.NextChange.IsZero() || until.Before(p.NextChange)) {
-			p.NextChange = until
-		}
-		if !holds {
-			continue
-		}
-		for n, to := range g.To {
-			if c := compilers[to.Endpoint]; c != nil {
-				c.add(g, to, in, statementID{p.origin.ids[i], n})
-			}
-		}
-	}
-	for name, c := range compilers {
+	w.compare(0, p.origin.shadow, 0, w.last.shadow)
+	w.compare(p.origin.shadow, len(p.origin.grants), w.last.shadow, len(w.last.grants))
+	p.origin.unused = w.unused
+	for name, c := range w.compilers {
 		p.Endpoints[name] = c.compile()
 	}
 	return p
 }
 
-// origin is what a policy was compiled from: the grants, and for each of them a number that an equal grant of an
-// earlier policy had, too.
+// origin is what a policy was compiled from.
 type origin struct {
 	grants []segment.Grant // those that are enforced, sorted by name, and behind them those of the shadow folder
 	shadow int             // where these begin
 	folder bool            // whether there is such a folder
-	ids    []int
-	unused int // the first number that no grant has had
+	// said are the statements of each grant, one for each target, nil where there is no such endpoint; nil: the grant does
+	// not hold, or has no part in anything.
+	said   [][]*statement
+	unused int // the first number that no statement has had
+}
+
+func originOf(cfg *segment.Config) origin {
+	o := origin{grants: cfg.Grants, shadow: len(cfg.Grants), folder: cfg.ShadowFolder}
+	if o.folder {
+		o.grants = slices.Concat(cfg.Grants, cfg.Shadow)
+	}
+	o.said = make([][]*statement, len(o.grants))
+	return o
 }
 
 // part says in which of the two decisions a grant takes part.
@@ -82,97 +86,187 @@ func (o *origin) part(i int) part {
 	return part{enforced, true}
 }
 
-// next numbers the grants of the policy that follows.
-func (o origin) next(cfg *segment.Config) origin {
-	n := origin{grants: cfg.Grants, shadow: len(cfg.Grants), folder: cfg.ShadowFolder, unused: o.unused}
-	if n.folder {
-		n.grants = slices.Concat(cfg.Grants, cfg.Shadow)
-	}
-	if n.folder != o.folder {
-		o = origin{} // the same grants take part in other decisions
-	}
-	n.ids = make([]int, len(n.grants))
-	n.number(0, n.shadow, o.grants[:o.shadow], o.ids)
-	n.number(n.shadow, len(n.grants), o.grants[o.shadow:], o.ids[o.shadow:])
-	return n
-}
-
-// number gives numbers to some grants: those that they had among the earlier ones, or new ones.
-func (o *origin) number(from, to int, earlier []segment.Grant, ids []int) {
-	before := 0
-	for i := from; i < to; i++ {
-		for before < len(earlier) && earlier[before].Name < o.grants[i].Name {
-			before++
-		}
-		if before < len(earlier) && earlier[before].Says(&o.grants[i]) {
-			o.ids[i] = ids[before]
-			continue
-		}
-		o.ids[i] = o.unused
-		o.unused++
-	}
-}
-
-// statementID names one target of one grant, for as long as the grant says the same.
-type statementID struct{ grant, target int }
-
-// statement is one grant's word about one endpoint. A grant that names the endpoint twice makes two.
+// statement is one grant's word about one endpoint. A grant that names the endpoint twice makes two. It is made once, and
+// stays the same for as long as the grant says the same and holds.
 type statement struct {
-	id         statementID
+	id         int // no other has had it
+	grant      segment.GrantName
+	target     int
+	endpoint   segment.EndpointName
 	rule       Rule
 	deny       bool
+	budget     segment.Budget
 	in         part
 	operations []segment.Operation
 	resources  []segment.Pattern
 }
 
+// inOrder is the order in which statements count.
+func inOrder(s, t *statement) int {
+	return cmp.Or(cmp.Compare(s.grant, t.grant), cmp.Compare(s.target, t.target), cmp.Compare(s.id, t.id))
+}
+
+// writer is one call of Recompile.
+type writer struct {
+	*Policy
+	last      origin
+	now       time.Time
+	compilers map[segment.EndpointName]*compiler
+	afresh    bool // some of these take nothing over
+	unused    int
+}
+
+// compare goes through some grants and the earlier ones of the same kind, both sorted by name. Were they not, it would find
+// more that has changed, and nothing else.
+func (w *writer) compare(from, to, before, end int) {
+	grants, earlier := w.origin.grants, w.last.grants
+	for i := from; i < to; i++ {
+		g := &grants[i]
+		for before < end && earlier[before].Name < g.Name {
+			w.drop(before)
+			before++
+		}
+		var kept []*statement
+		if before < end && earlier[before].Name == g.Name {
+			if earlier[before].Says(g) {
+				kept = w.last.said[before]
+			} else {
+				w.drop(before)
+			}
+			before++
+		}
+		in := w.origin.part(i)
+		if in == (part{}) {
+			continue
+		}
+		holds, until := g.Holds(w.now)
+		if !until.IsZero() && (w.NextChange.IsZero() || until.Before(w.NextChange)) {
+			w.NextChange = until
+		}
+		switch {
+		case holds && (kept == nil || w.afresh):
+			w.origin.said[i] = w.say(g, in, kept)
+		case holds:
+			w.origin.said[i] = kept
+		case kept != nil:
+			w.drop(before - 1)
+		}
+	}
+	for ; before < end; before++ {
+		w.drop(before)
+	}
+}
+
+// say makes the statements of a grant that holds, but for those that were kept and are still good.
+func (w *writer) say(g *segment.Grant, in part, kept []*statement) []*statement {
+	said := make([]*statement, len(g.To))
+	for n, to := range g.To {
+		c := w.compilers[to.Endpoint]
+		switch {
+		case c == nil:
+			continue
+		case kept != nil && c.last != nil && kept[n] != nil:
+			said[n] = kept[n]
+			continue
+		}
+		said[n] = &statement{
+			id:         w.unused,
+			grant:      g.Name,
+			target:     n,
+			endpoint:   to.Endpoint,
+			rule:       RuleOf(g.Name),
+			deny:       g.Effect != segment.Allow,
+			budget:     g.Budget,
+			in:         in,
+			operations: to.Operations,
+			resources:  c.known(to.Resources),
+		}
+		w.unused++
+		for _, from := range g.From {
+			c.change(from.Pattern()).add(said[n])
+		}
+		c.count(said[n], 1)
+	}
+	return said
+}
+
+// drop takes back what an earlier grant said.
+func (w *writer) drop(i int) {
+	for _, s := range w.last.said[i] {
+		if s == nil {
+			continue
+		}
+		c := w.compilers[s.endpoint]
+		if c == nil || c.last == nil {
+			continue
+		}
+		for _, from := range w.last.grants[i].From {
+			c.change(from.Pattern()).drop(s)
+		}
+		c.count(s, -1)
+	}
+}
+
+// compiler makes the policy of one endpoint.
 type compiler struct {
 	models     []string // the only resources there are; nil: unknown
 	operations []segment.Operation
-	statements []statement               // in the order of the grants' names
-	about      map[segment.Pattern][]int // caller → the statements that name it
-	families   []int                     // lengths of the stems of the callers that are prefixes
-	before     map[string]*Class         // the classes of an earlier policy, by the statements that they are made from
-	distinct   map[string]*Class         // and by their IDs
-	classes    map[string]*Class
-	shadowed   bool
+	folder     bool
+	last       *Endpoint  // all of which is taken over but for the changes; nil: nothing is
+	before     Table[use] // the classes that there were, in any case
+	changes    map[segment.Pattern]*change
+	tried      int // as in Endpoint
 }
 
-func newCompiler(e *segment.Endpoint, last *Endpoint) *compiler {
-	c := &compiler{
-		models:     e.ModelNames(),
-		operations: e.Protocol.Operations(),
-		about:      map[segment.Pattern][]int{},
-		classes:    map[string]*Class{},
+// change is what is newly said, and no longer said, of one caller.
+type change struct {
+	more []*statement
+	gone map[*statement]bool
+}
+
+func (ch *change) add(s *statement) {
+	if n := len(ch.more); n == 0 || ch.more[n-1] != s {
+		ch.more = append(ch.more, s)
 	}
-	if last != nil && slices.Equal(last.models, c.models) && slices.Equal(last.operations, c.operations) {
-		c.before, c.distinct = last.made, last.distinct
-		c.about = make(map[segment.Pattern][]int, last.Members.Len())
-		c.classes = make(map[string]*Class, len(last.made))
+}
+
+func (ch *change) drop(s *statement) {
+	if ch.gone == nil {
+		ch.gone = map[*statement]bool{}
+	}
+	ch.gone[s] = true
+}
+
+// use is a class, and how many entries of Members are of it.
+type use struct {
+	class   *Class
+	callers int
+}
+
+func newCompiler(e *segment.Endpoint, last *Endpoint, afresh bool) *compiler {
+	c := &compiler{models: e.ModelNames(), operations: e.Protocol.Operations(), changes: map[segment.Pattern]*change{}}
+	if last == nil {
+		return c
+	}
+	c.before = last.uses
+	if !afresh && slices.Equal(last.models, c.models) && slices.Equal(last.operations, c.operations) {
+		c.last, c.tried = last, last.tried
 	}
 	return c
 }
 
-func (c *compiler) add(g *segment.Grant, to segment.Target, in part, id statementID) {
-	n := len(c.statements)
-	c.statements = append(c.statements, statement{
-		id:         id,
-		rule:       RuleOf(g.Name),
-		deny:       g.Effect != segment.Allow,
-		in:         in,
-		operations: to.Operations,
-		resources:  c.known(to.Resources),
-	})
-	c.shadowed = c.shadowed || in.enforced != in.shadow
-	for _, from := range g.From {
-		p := from.Pattern()
-		named := c.about[p]
-		if len(named) == 0 || named[len(named)-1] != n {
-			c.about[p] = append(named, n)
-		}
-		if length := len(p.Stem()); p.IsPrefix() && !slices.Contains(c.families, length) {
-			c.families = append(c.families, length)
-		}
+func (c *compiler) change(caller segment.Pattern) *change {
+	ch := c.changes[caller]
+	if ch == nil {
+		ch = &change{}
+		c.changes[caller] = ch
+	}
+	return ch
+}
+
+func (c *compiler) count(s *statement, n int) {
+	if s.in.enforced != s.in.shadow {
+		c.tried += n
 	}
 }
 
@@ -191,51 +285,105 @@ func (c *compiler) known(patterns []segment.Pattern) []segment.Pattern {
 }
 
 func (c *compiler) compile() *Endpoint {
-	e := &Endpoint{Shadowed: c.shadowed, models: c.models, operations: c.operations}
-	members := make(map[segment.Pattern]*Class, len(c.about))
-	distinct := make(map[string]*Class, len(c.before))
-	for caller := range c.about {
-		class := c.class(caller)
-		if same := cmp.Or(distinct[class.ID], c.distinct[class.ID]); same != nil {
+	shadowed := c.folder || c.tried > 0
+	last := c.last
+	switch {
+	case last == nil:
+		last = &Endpoint{}
+	case len(c.changes) == 0 && last.Shadowed == shadowed:
+		return last
+	}
+	said, silent := make(map[segment.Pattern][]*statement, len(c.changes)), map[segment.Pattern]bool{}
+	for caller, ch := range c.changes {
+		was, _ := last.about.at(caller)
+		now := slices.DeleteFunc(slices.Concat(was, ch.more), func(s *statement) bool { return ch.gone[s] })
+		slices.SortFunc(now, inOrder)
+		if said[caller] = now; len(now) == 0 {
+			delete(said, caller)
+			silent[caller] = true
+		}
+	}
+	e := &Endpoint{Shadowed: shadowed, models: c.models, operations: c.operations, tried: c.tried, about: last.about.edit(said, silent)}
+
+	maker := classes{c, e.about, map[string]*Class{}}
+	members, more, distinct := make(map[segment.Pattern]*Class, len(said)), map[string]int{}, map[string]*Class{}
+	decide := func(caller segment.Pattern) {
+		if members[caller] != nil {
+			return
+		}
+		class := maker.of(caller)
+		if same, ok := c.before.at(segment.Pattern(class.ID)); ok {
+			class = same.class
+		} else if same := distinct[class.ID]; same != nil {
 			class = same
 		}
-		distinct[class.ID] = class
-		members[caller] = class
+		distinct[class.ID], members[caller] = class, class
+		more[class.ID]++
+		if was, ok := last.Members.at(caller); ok {
+			more[was.ID]--
+		}
 	}
-	e.Members, e.made, e.distinct = NewTable(members), c.classes, distinct
-	e.Classes = slices.SortedFunc(maps.Values(distinct), func(a, b *Class) int { return cmp.Compare(a.ID, b.ID) })
+	for caller := range c.changes {
+		if !silent[caller] {
+			decide(caller)
+		}
+		if caller.IsPrefix() { // all that are below it are covered by other statements now
+			for below := range e.about.below(caller) {
+				decide(below)
+			}
+		}
+	}
+	for caller := range silent {
+		if was, ok := last.Members.at(caller); ok {
+			more[was.ID]--
+		}
+	}
+	e.Members = last.Members.edit(members, silent)
+
+	uses, unused := map[segment.Pattern]use{}, map[segment.Pattern]bool{}
+	for id, n := range more {
+		was, _ := last.uses.at(segment.Pattern(id))
+		switch {
+		case n == 0:
+		case was.callers+n == 0:
+			unused[segment.Pattern(id)] = true
+		default:
+			uses[segment.Pattern(id)] = use{cmp.Or(was.class, distinct[id]), was.callers + n}
+		}
+	}
+	e.uses = last.uses.edit(uses, unused)
+	e.Classes = make([]*Class, 0, e.uses.Len())
+	for _, u := range e.uses.All() {
+		e.Classes = append(e.Classes, u.class)
+	}
 	return e
 }
 
-// class returns the class of everybody who falls to this caller pattern.
-func (c *compiler) class(caller segment.Pattern) *Class {
-	covering := slices.Clip(c.about[caller])
-	stem := caller.Stem()
-	for _, n := range c.families { // the shorter prefixes: "spiffe://td/a/*", "spiffe://td/*"
-		if n < len(stem) {
-			covering = append(covering, c.about[segment.Pattern(stem[:n]+"*")]...)
-		}
-	}
-	if len(covering) > 1 {
-		slices.Sort(covering)
+// classes makes the classes of callers.
+type classes struct {
+	*compiler
+	about Table[[]*statement]
+	made  map[string]*Class // by the statements that each is made from; some are equal
+}
+
+// of returns the class of everybody who falls to this caller pattern.
+func (c *classes) of(caller segment.Pattern) *Class {
+	parts := slices.Collect(c.about.covering(caller)) // also of the shorter prefixes: "spiffe://td/a/*", "spiffe://td/*"
+	covering := parts[0]
+	if len(parts) > 1 {
+		covering = slices.Concat(parts...)
+		slices.SortFunc(covering, inOrder)
 		covering = slices.Compact(covering)
 	}
 	var key []byte
-	for _, n := range covering {
-		id := c.statements[n].id
-		key = append(strconv.AppendInt(key, int64(id.grant), 36), '.')
-		key = append(strconv.AppendInt(key, int64(id.target), 36), ' ')
+	for _, s := range covering {
+		key = append(strconv.AppendInt(key, int64(s.id), 36), ' ')
 	}
-	if class := c.classes[string(key)]; class != nil {
-		return class
-	}
-	if class := c.before[string(key)]; class != nil {
-		c.classes[string(key)] = class
+	if class := c.made[string(key)]; class != nil {
 		return class
 	}
 	enforced, shadow := make([]*statement, 0, len(covering)), make([]*statement, 0, len(covering))
-	for _, n := range covering {
-		s := &c.statements[n]
+	for _, s := range covering {
 		if s.in.enforced {
 			enforced = append(enforced, s)
 		}
@@ -248,8 +396,8 @@ func (c *compiler) class(caller segment.Pattern) *Class {
 	if !slices.Equal(enforced, shadow) {
 		class.Shadow = c.rights(shadow)
 	}
-	class.ID = digest(class)
-	c.classes[string(key)] = class
+	class.ID, class.leaves = digest(class), class.count()
+	c.made[string(key)] = class
 	return class
 }
 
@@ -294,14 +442,18 @@ func (c *compiler) rights(statements []*statement) Rights {
 	return rights
 }
 
-// word is the first Deny and the first Allow that name a pattern, as places in the statements counted from 1; 0: none.
-type word struct{ deny, allow int }
+// word is the first Deny, the first Allow without a budget and the first Allow with one that name a pattern, as places in
+// the statements counted from 1; 0: none.
+type word struct{ deny, allow, counted int }
 
 func (s *statement) word(i int) word {
-	if s.deny {
+	switch {
+	case s.deny:
 		return word{deny: i + 1}
+	case s.budget.IsZero():
+		return word{allow: i + 1}
 	}
-	return word{allow: i + 1}
+	return word{counted: i + 1}
 }
 
 // first is what both words say together.
@@ -312,10 +464,14 @@ func (w word) first(v word) word {
 	if w.allow == 0 || v.allow != 0 && v.allow < w.allow {
 		w.allow = v.allow
 	}
+	if w.counted == 0 || v.counted != 0 && v.counted < w.counted {
+		w.counted = v.counted
+	}
 	return w
 }
 
-// decideAt decides about all names that fall to the pattern p: a Deny that covers it, else an Allow, else nothing.
+// decideAt decides about all names that fall to the pattern p: a Deny that covers it, else an Allow without a budget, else
+// one with a budget, else nothing.
 func decideAt(statements []*statement, words Table[word], p segment.Pattern) Leaf {
 	var all word
 	for w := range words.covering(p) {
@@ -326,16 +482,20 @@ func decideAt(statements []*statement, words Table[word], p segment.Pattern) Lea
 		return Leaf{Rule: statements[all.deny-1].rule}
 	case all.allow > 0:
 		return Leaf{Allowed: true, Rule: statements[all.allow-1].rule}
+	case all.counted > 0:
+		s := statements[all.counted-1]
+		return Leaf{Allowed: true, Rule: s.rule, Budget: s.budget}
 	}
 	return Leaf{Rule: DefaultDeny}
 }
 
-// implied decides about Discover: allowed where any operation is.
+// implied decides about Discover: allowed where any operation is. That is never counted.
 func (c *compiler) implied(statements []*statement, words map[segment.Operation]Table[word], p segment.Pattern) Leaf {
 	denied := Leaf{Rule: DefaultDeny}
 	for _, op := range c.operations {
 		leaf := decideAt(statements, words[op], p)
 		if leaf.Allowed {
+			leaf.Budget = segment.Budget{}
 			return leaf
 		}
 		if denied.Rule == DefaultDeny {
@@ -353,7 +513,11 @@ func digest(class *Class) string {
 				text = append(append(text, op...), ' ')
 				text = append(strconv.AppendQuote(text, string(p)), ' ')
 				text = append(strconv.AppendBool(text, leaf.Allowed), ' ')
-				text = append(append(text, leaf.Rule...), '\n')
+				text = append(text, leaf.Rule...)
+				if !leaf.Budget.IsZero() {
+					text = append(append(text, ' '), leaf.Budget.String()...)
+				}
+				text = append(text, '\n')
 			}
 		}
 		text = append(text, "--\n"...)

@@ -13,7 +13,9 @@ import (
 // Change is access that some callers gain or lose between two policies: all of Operations, on all of Resources, for
 // all of Callers.
 type Change struct {
-	Gain       bool                 `json:"gain"` // else they lose it
+	Gain bool `json:"gain"` // else they lose it
+	// Budget is whether they have it before and after, and gain or lose how much they may use.
+	Budget     bool                 `json:"budget,omitempty"`
 	Callers    Set                  `json:"callers"`
 	Endpoint   segment.EndpointName `json:"endpoint"`
 	Operations []segment.Operation  `json:"operations"`
@@ -27,6 +29,9 @@ type Cause struct {
 	Resources *Set `json:"resources,omitempty"` // nil: all of the change
 	Was       Rule `json:"was"`
 	Is        Rule `json:"is"`
+	// What they count against, if that is the change.
+	WasBudget segment.Budget `json:"was_budget,omitzero"`
+	IsBudget  segment.Budget `json:"is_budget,omitzero"`
 }
 
 // Set is a set of names. A name belongs to the most specific pattern of all three lists that matches it, and is in
@@ -77,7 +82,8 @@ func specificity(p segment.Pattern) int {
 // and only if it is in a change, and in one alone. Discover and Enter, which follow from other operations, are listed
 // only where no other change of the same caller tells them. Changes are sorted by callers, endpoint and operations.
 //
-// Which rule decides may differ as well; where the verdict is the same, that is no change.
+// Which rule decides may differ as well; where the verdict is the same, that is no change, unless either rule counts. Who
+// counts against another grant gains, however little that has: it is had beside what was there before.
 func Diff(old, new *Policy) []Change {
 	return diff(old, new, func(c *Class) Rights { return c.Enforced })
 }
@@ -118,6 +124,7 @@ func compareOperations(a, b []segment.Operation) int {
 // region is what changes for everybody in one class of each side.
 type region struct {
 	gain       bool
+	budget     bool
 	operations []segment.Operation
 	resources  Set
 	within     Table[bool] // resources
@@ -125,12 +132,14 @@ type region struct {
 }
 
 // what is the region without its causes.
-func (r *region) what() string { return fmt.Sprintf("%t %q %q", r.gain, r.operations, r.resources) }
+func (r *region) what() string {
+	return fmt.Sprintf("%t %t %q %q", r.gain, r.budget, r.operations, r.resources)
+}
 
 func (r *region) why() string {
 	var text strings.Builder
 	for _, c := range r.causes {
-		fmt.Fprintf(&text, "%q %q %q\n", c.Was, c.Is, *c.Resources)
+		fmt.Fprintf(&text, "%q %s %q %s %q\n", c.Was, c.WasBudget, c.Is, c.IsBudget, *c.Resources)
 	}
 	return text.String()
 }
@@ -142,7 +151,7 @@ func diffEndpoint(name segment.EndpointName, old, new *Endpoint, view func(*Clas
 	if new == nil {
 		new = &Endpoint{}
 	}
-	callers := newForest(old.Members.entries, new.Members.entries)
+	callers := newForest(old.Members, new.Members)
 	type pair struct{ old, new *Class }
 	known := map[pair][]*region{}
 	type group struct {
@@ -181,7 +190,7 @@ func diffEndpoint(name segment.EndpointName, old, new *Endpoint, view func(*Clas
 	}
 	changes := make([]Change, 0, len(groups))
 	for _, g := range groups {
-		change := Change{Gain: g.gain, Endpoint: name, Operations: g.operations, Resources: g.resources}
+		change := Change{Gain: g.gain, Budget: g.budget, Endpoint: name, Operations: g.operations, Resources: g.resources}
 		already := map[pair]bool{}
 		change.Callers = callers.set(g.holders, func(i int) bool {
 			so, ok := already[pairs[i]]
@@ -240,7 +249,7 @@ func regionsOf(old, new Rights) []*region {
 		for _, r := range regionsIn(old, new, op, nil) {
 			what, why := r.what(), r.why()
 			if i := slices.IndexFunc(all, func(other *region) bool {
-				same := region{gain: other.gain, operations: []segment.Operation{op}, resources: other.resources, causes: other.causes}
+				same := region{gain: other.gain, budget: other.budget, operations: []segment.Operation{op}, resources: other.resources, causes: other.causes}
 				return same.what() == what && same.why() == why
 			}); i >= 0 {
 				all[i].operations = append(all[i].operations, op)
@@ -260,25 +269,29 @@ func regionsOf(old, new Rights) []*region {
 
 // regionsIn compares what two classes may do with one operation, but for what has been told.
 func regionsIn(old, new Rights, op segment.Operation, told func(gain bool, p segment.Pattern) bool) []*region {
-	if maps.Equal(old[op].entries, new[op].entries) { // as nearly always
+	if slices.Equal(old[op].entries, new[op].entries) { // as nearly always
 		return nil
 	}
-	resources := newForest(old[op].entries, new[op].entries)
-	type causing struct{ was, is Rule }
-	var changed [2][]int // losses and gains
-	causes := [2]map[causing][]int{{}, {}}
+	resources := newForest(old[op], new[op])
+	type causing struct{ was, is Leaf }
+	var changed [4][]int // losses and gains, and those of budgets alone
+	causes := [4]map[causing][]int{{}, {}, {}, {}}
 	is := make([]Leaf, len(resources.patterns))
 	for i, p := range resources.patterns {
 		var was Leaf
 		was, is[i] = old.leafAt(op, p), new.leafAt(op, p)
-		if was.Allowed == is[i].Allowed || told != nil && told(is[i].Allowed, p) {
+		side, why := 0, causing{Leaf{Rule: was.Rule}, Leaf{Rule: is[i].Rule}}
+		switch gain, differs := counts(was, is[i]); {
+		case was.Allowed == is[i].Allowed && !differs || told != nil && told(is[i].Allowed, p):
 			continue
-		}
-		side := 0
-		if is[i].Allowed {
+		case was.Allowed != is[i].Allowed && is[i].Allowed:
 			side = 1
+		case was.Allowed == is[i].Allowed:
+			side, why = 2, causing{was, is[i]}
+			if gain {
+				side = 3
+			}
 		}
-		why := causing{was.Rule, is[i].Rule}
 		changed[side] = append(changed[side], i)
 		causes[side][why] = append(causes[side][why], i)
 	}
@@ -287,29 +300,43 @@ func regionsIn(old, new Rights, op segment.Operation, told func(gain bool, p seg
 		if len(atoms) == 0 {
 			continue
 		}
-		gain := side == 1
-		r := &region{gain: gain, operations: []segment.Operation{op}}
-		r.resources = resources.set(atoms, func(i int) bool { return is[i].Allowed == gain })
+		gain := side%2 == 1
+		r := &region{gain: gain, budget: side > 1, operations: []segment.Operation{op}}
+		r.resources = resources.set(atoms, func(i int) bool { return !r.budget && is[i].Allowed == gain })
 		r.within = r.resources.table()
 		for why, where := range causes[side] {
 			of := resources.set(where, nil)
-			r.causes = append(r.causes, Cause{Resources: &of, Was: why.was, Is: why.is})
+			r.causes = append(r.causes, Cause{Resources: &of, Was: why.was.Rule, Is: why.is.Rule, WasBudget: why.was.Budget, IsBudget: why.is.Budget})
 		}
-		slices.SortFunc(r.causes, func(a, b Cause) int { return cmp.Or(cmp.Compare(a.Is, b.Is), cmp.Compare(a.Was, b.Was)) })
+		slices.SortFunc(r.causes, func(a, b Cause) int {
+			return cmp.Or(cmp.Compare(a.Is, b.Is), cmp.Compare(a.Was, b.Was),
+				cmp.Compare(a.IsBudget.String(), b.IsBudget.String()), cmp.Compare(a.WasBudget.String(), b.WasBudget.String()))
+		})
 		regions = append(regions, r)
 	}
 	return regions
 }
 
+// counts compares what is allowed on both sides: whether it counts otherwise, and whether that may be more.
+func counts(was, is Leaf) (gain, differs bool) {
+	if !was.Allowed || !is.Allowed || was.Budget.IsZero() && is.Budget.IsZero() || was == is {
+		return false, false
+	}
+	return !is.Budget.Within(was.Budget) || !was.Budget.IsZero() && was.Rule != is.Rule, true
+}
+
 // holdsAll reports whether somebody with these rights has all of what is gained, or nothing of what is lost.
 func (r *region) holdsAll(rights Rights) bool {
+	if r.budget {
+		return false
+	}
 	for _, op := range r.operations {
 		for _, p := range r.resources.Of {
 			if rights.leafAt(op, p).Allowed != r.gain {
 				return false
 			}
 		}
-		for p, leaf := range rights[op].entries {
+		for p, leaf := range rights[op].All() {
 			if leaf.Allowed != r.gain && at(r.within, p) {
 				return false
 			}
@@ -325,10 +352,10 @@ type forest struct {
 	children [][]int
 }
 
-func newForest[V any](sides ...map[segment.Pattern]V) forest {
+func newForest[V any](sides ...Table[V]) forest {
 	places := map[segment.Pattern]int{}
 	for _, side := range sides {
-		for p := range side {
+		for p := range side.All() {
 			places[p] = 0
 		}
 	}

@@ -43,12 +43,24 @@ func tells(c *authz.Change, r authz.Request) bool {
 	return c.Endpoint == r.Endpoint && c.Callers.Has(r.Caller) && (r.Operation == segment.Enter || c.Resources.Has(r.Resource))
 }
 
-func explained(c *authz.Change, r authz.Request, was, is authz.Rule) bool {
+// leafOf is what a policy says of a request, or what it would say.
+func leafOf(p *authz.Policy, r authz.Request, shadow bool) authz.Leaf {
+	if e := p.Endpoints[r.Endpoint]; e != nil {
+		if class, ok := e.Members.Lookup(r.Caller); ok && shadow {
+			return class.Shadow.Lookup(r.Operation, r.Resource)
+		} else if ok {
+			return class.Enforced.Lookup(r.Operation, r.Resource)
+		}
+	}
+	return authz.Leaf{Rule: authz.DefaultDeny}
+}
+
+func explained(c *authz.Change, r authz.Request, was, is authz.Leaf) bool {
 	n := 0
 	for _, why := range c.Causes {
 		if (why.Callers == nil || why.Callers.Has(r.Caller)) && (why.Resources == nil || why.Resources.Has(r.Resource)) {
 			n++
-			if why.Was != was || why.Is != is {
+			if why.Was != was.Rule || why.Is != is.Rule || c.Budget && (why.WasBudget != was.Budget || why.IsBudget != is.Budget) {
 				return false
 			}
 		}
@@ -59,7 +71,7 @@ func explained(c *authz.Change, r authz.Request, was, is authz.Rule) bool {
 // A request is decided differently if and only if one change says so, and for the reasons that it says.
 func TestDiff(t *testing.T) {
 	requests := corpus.Requests()
-	differ := map[bool]int{}
+	differ, budgets := map[bool]int{}, 0
 	rapid.Check(t, func(t *rapid.T) {
 		before, after := pair(t)
 		old, new := authz.Compile(&before, moment(t)), authz.Compile(&after, moment(t))
@@ -69,9 +81,11 @@ func TestDiff(t *testing.T) {
 				changes = authz.DiffShadow(old, new)
 			}
 			for _, r := range requests {
-				was, is := authz.Decide(old, r), authz.Decide(new, r)
-				if shadow {
-					was.Allowed, was.Rule, is.Allowed, is.Rule = was.ShadowAllowed, was.ShadowRule, is.ShadowAllowed, is.ShadowRule
+				was, is := leafOf(old, r, shadow), leafOf(new, r, shadow)
+				counts := was.Allowed && is.Allowed && was != is && !(was.Budget.IsZero() && is.Budget.IsZero())
+				gain := is.Allowed
+				if counts {
+					gain = !is.Budget.Within(was.Budget) || !was.Budget.IsZero() && was.Rule != is.Rule
 				}
 				var covering []authz.Change
 				for _, c := range changes {
@@ -84,26 +98,31 @@ func TestDiff(t *testing.T) {
 				switch {
 				case len(covering) > 1:
 					t.Fatalf("%+v is in several changes: %+v", r, covering)
-				case was.Allowed == is.Allowed && len(covering) > 0:
+				case was.Allowed == is.Allowed && !counts && len(covering) > 0:
 					t.Fatalf("%+v is %+v as before, but %+v", r, is, covering)
-				case was.Allowed == is.Allowed:
+				case was.Allowed == is.Allowed && !counts:
 					continue
+				case len(covering) > 0 && covering[0].Budget != counts:
+					t.Fatalf("%+v was %+v, is %+v, and is told as something else: %+v", r, was, is, covering)
 				case implied && !told, !implied && len(covering) == 0:
 					t.Fatalf("%+v was %+v, is %+v, and no change says so: %+v", r, was, is, changes)
-				case len(covering) > 0 && covering[0].Gain != is.Allowed:
+				case len(covering) > 0 && covering[0].Gain != gain:
 					t.Fatalf("%+v was %+v, is %+v, but %+v", r, was, is, covering)
-				case len(covering) > 0 && !explained(&covering[0], r, was.Rule, is.Rule):
+				case len(covering) > 0 && !explained(&covering[0], r, was, is):
 					t.Fatalf("%+v was %+v, is %+v, for other reasons than %+v", r, was, is, covering)
 				}
-				differ[is.Allowed]++
+				differ[gain]++
+				if counts {
+					budgets++
+				}
 			}
 			if same := authz.Diff(new, new); len(same) > 0 {
 				t.Fatalf("differs from itself: %+v", same)
 			}
 		}
 	})
-	if differ[true] < 100 || differ[false] < 100 {
-		t.Errorf("only %d gains and %d losses: the test shows little", differ[true], differ[false])
+	if differ[true] < 100 || differ[false] < 100 || budgets < 20 {
+		t.Errorf("only %d gains and %d losses, and %d of budgets: the test shows little", differ[true], differ[false], budgets)
 	}
 }
 
@@ -170,17 +189,17 @@ func TestDiffReads(t *testing.T) {
 		want     []authz.Change
 	}{
 		{"a family of models, but for one that is denied and one that it had", policy(had, secret), policy(had, secret, grant("more", segment.Allow, patterns{"llama*"}, "/app")),
-			[]authz.Change{{true, authz.Set{Of: patterns{in("/app")}}, "chat", both,
+			[]authz.Change{{true, false, authz.Set{Of: patterns{in("/app")}}, "chat", both,
 				authz.Set{Of: patterns{"llama*"}, Except: patterns{"llama-secret"}, Already: patterns{"llama-7b"}}, []authz.Cause{{Was: authz.DefaultDeny, Is: "grant/more"}}}}},
 		{"a Deny that goes", policy(had, grant("no", segment.Deny, patterns{"*"}, "/*")), policy(had),
-			[]authz.Change{{true, authz.Set{Of: patterns{in("/app")}}, "chat", both, authz.Set{Of: patterns{"llama-7b"}},
+			[]authz.Change{{true, false, authz.Set{Of: patterns{in("/app")}}, "chat", both, authz.Set{Of: patterns{"llama-7b"}},
 				[]authz.Cause{{Was: "grant/no", Is: "grant/had"}}}}},
 		{"an endpoint that goes", policy(had), authz.Compile(&segment.Config{}, time.Time{}),
-			[]authz.Change{{false, authz.Set{Of: patterns{in("/app")}}, "chat", both, authz.Set{Of: patterns{"llama-7b"}},
+			[]authz.Change{{false, false, authz.Set{Of: patterns{in("/app")}}, "chat", both, authz.Set{Of: patterns{"llama-7b"}},
 				[]authz.Cause{{Was: "grant/had", Is: authz.DefaultDeny}}}}},
 		{"a family of callers, with one that had it and one that gets it from another grant", policy(grant("had", segment.Allow, patterns{"m"}, "/t/a")),
 			policy(grant("a", segment.Allow, patterns{"m"}, "/t/b"), grant("all", segment.Allow, patterns{"m"}, "/t/*"), grant("had", segment.Allow, patterns{"m"}, "/t/a")),
-			[]authz.Change{{true, authz.Set{Of: patterns{in("/t/*")}, Already: patterns{in("/t/a")}}, "chat", both, authz.Set{Of: patterns{"m"}},
+			[]authz.Change{{true, false, authz.Set{Of: patterns{in("/t/*")}, Already: patterns{in("/t/a")}}, "chat", both, authz.Set{Of: patterns{"m"}},
 				[]authz.Cause{{Callers: &authz.Set{Of: patterns{in("/t/b")}}, Was: authz.DefaultDeny, Is: "grant/a"},
 					{Callers: &authz.Set{Of: patterns{in("/t/*")}, Except: patterns{in("/t/a"), in("/t/b")}}, Was: authz.DefaultDeny, Is: "grant/all"}}}}},
 		{"another rule, the same verdict", policy(had), policy(grant("other", segment.Allow, patterns{"llama-7b"}, "/app")), nil},

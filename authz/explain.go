@@ -72,6 +72,9 @@ func (ex *Explanation) add(g *segment.Grant, misses []string, denies, state stri
 	switch {
 	case len(misses) == 0 && state == "":
 		reason.Says = map[segment.Effect]string{segment.Allow: "allows it", segment.Deny: denies}[g.Effect]
+		if !g.Budget.IsZero() && !isImplied(ex.Request.Operation) {
+			reason.Says += " within " + g.Budget.String()
+		}
 		ex.Deciding = append(ex.Deciding, reason)
 	case len(misses) == 0:
 		reason.Says = fmt.Sprintf("would %s it, but %s", map[segment.Effect]string{segment.Allow: "allow", segment.Deny: "deny"}[g.Effect], state)

@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"maps"
 	"slices"
 	"testing"
 
@@ -61,4 +62,32 @@ func TestZeroTable(t *testing.T) {
 	if got := rights.Lookup(segment.Read, "x"); got != (Leaf{Rule: DefaultDeny}) {
 		t.Errorf("no rights are %+v", got)
 	}
+}
+
+// An edited table is the one that is made of all that it then holds, and the table before stays what it was.
+func TestEditTable(t *testing.T) {
+	pattern := rapid.Map(rapid.StringOfN(rapid.SampledFrom([]rune("ab*")), 0, 3, -1), func(s string) segment.Pattern { return segment.Pattern(s) })
+	entries := rapid.MapOfN(pattern, rapid.Int(), 0, 8)
+	rapid.Check(t, func(t *rapid.T) {
+		first := entries.Draw(t, "entries")
+		others, gone := entries.Draw(t, "others"), rapid.MapOfN(pattern, rapid.Just(true), 0, 8).Draw(t, "gone")
+		table := NewTable(first)
+		got := table.edit(others, gone)
+		want := maps.Clone(first)
+		maps.DeleteFunc(want, func(p segment.Pattern, _ int) bool { return gone[p] })
+		maps.Copy(want, others)
+		if !slices.Equal(got.entries, NewTable(want).entries) || !slices.Equal(got.lengths, NewTable(want).lengths) {
+			t.Fatalf("%v becomes %v, not %v", first, got, want)
+		}
+		if !maps.Equal(maps.Collect(table.All()), first) {
+			t.Fatalf("%v is %v now", first, table)
+		}
+		prefix := pattern.Draw(t, "prefix") + "*"
+		below := slices.Collect(table.below(prefix))
+		for p := range first {
+			if slices.Contains(below, p) != prefix.Covers(p) {
+				t.Fatalf("%q covers %q", prefix, below)
+			}
+		}
+	})
 }

@@ -32,7 +32,7 @@ func Warnings(cfg *segment.Config, now time.Time) segment.Problems {
 // warnings are those about grants that are in force together, of which those in Shadow mode may not count.
 func warnings(grants []segment.Grant, now time.Time, ignored bool, why string) segment.Problems {
 	var all segment.Problems
-	in := newIndex(grants)
+	in, paired := newIndex(grants), map[[2]int]bool{}
 	for i := range grants {
 		g := &grants[i]
 		warn := func(code, field, msg, hint string) {
@@ -57,6 +57,19 @@ func warnings(grants []segment.Grant, now time.Time, ignored bool, why string) s
 		case g.Effect == segment.Allow && slices.ContainsFunc(g.From, everybody) && slices.ContainsFunc(g.To, everything):
 			warn("wide", "spec.from", fmt.Sprintf("grant %q gives every resource of an endpoint to a whole trust domain", g.Name),
 				"name the callers by workload or path, or the resources")
+		}
+		if g.Budget.IsZero() {
+			continue
+		}
+		if n := in.counting(i); n >= 0 && !paired[[2]int{n, i}] {
+			paired[[2]int{i, n}] = true
+			other, first, second := &grants[n], grants[min(i, n)].Name, grants[max(i, n)].Name
+			warn("two-budgets", "spec.budget", fmt.Sprintf("grant %q allows something that grant %q (%s) allows, too, with another budget", g.Name, other.Name, other.Pos),
+				fmt.Sprintf("it counts against %q alone, the first by name; narrow one of the two if you mean %q", first, second))
+		}
+		if g.Budget.Tokens != (segment.Limit{}) && slices.ContainsFunc(g.To, everything) {
+			warn("unseen-tokens", "spec.to", fmt.Sprintf("grant %q has a budget of tokens for every resource, also for what names none: batches, and runs of assistants, use tokens that no answer tells", g.Name),
+				`name the models in place of "*", or leave it so if no such API is there`)
 		}
 	}
 	return all
@@ -150,13 +163,36 @@ func (in *index) covering(i int) *segment.Grant {
 			if n == i || o.Effect != g.Effect && o.Effect != segment.Deny || !covers(o, g) {
 				continue
 			}
-			if o.Effect == g.Effect && g.Mode == segment.Enforce && n > i && covers(g, o) {
+			if o.Effect == g.Effect && g.Mode == segment.Enforce && n > i && covers(g, o) && o.Budget.IsZero() == g.Budget.IsZero() {
 				continue // this is what will be said of that one
+			}
+			if o.Effect == g.Effect && !o.Budget.IsZero() && (g.Budget.IsZero() || n > i) {
+				continue // without this one it would be counted, or against another budget
 			}
 			return o
 		}
 	}
 	return nil
+}
+
+// counting returns another enforced grant with a budget that allows some of what this one does, or -1.
+func (in *index) counting(i int) int {
+	g, compared := &in.grants[i], 0
+	for _, to := range g.To {
+		for _, from := range g.From {
+			for some := range in.callers[place{endpoint: to.Endpoint}].covering(from.Pattern()) {
+				for _, n := range some[:min(len(some), maxCompared-compared)] {
+					compared++
+					o := &in.grants[n]
+					if n == i || o.Budget.IsZero() || !slices.ContainsFunc(o.To, func(t segment.Target) bool { return overlap(t, to) }) {
+						continue
+					}
+					return n
+				}
+			}
+		}
+	}
+	return -1
 }
 
 // named is how many grants name what covers a pattern.
@@ -165,6 +201,14 @@ func named(t Table[[]int], p segment.Pattern) (n int) {
 		n += len(some)
 	}
 	return n
+}
+
+// overlap reports whether both speak of the same operation on the same resource.
+func overlap(a, b segment.Target) bool {
+	return a.Endpoint == b.Endpoint && slices.ContainsFunc(a.Operations, func(o segment.Operation) bool { return slices.Contains(b.Operations, o) }) &&
+		slices.ContainsFunc(a.Resources, func(p segment.Pattern) bool {
+			return slices.ContainsFunc(b.Resources, func(q segment.Pattern) bool { return p.Covers(q) || q.Covers(p) })
+		})
 }
 
 // covers reports whether o speaks of all that g speaks of, whenever g does.

@@ -22,6 +22,7 @@ func TestWarnings(t *testing.T) {
 			"from: [%s], to: [{endpoint: docs, operations: [%s], resources: [%s]}]%s}\n", name, from, operations, resources, more)
 	}
 	const a, team, all = "{spiffeID: 'spiffe://example.org/t/a'}", "{spiffeID: 'spiffe://example.org/t/*'}", "{trustDomain: example.org}"
+	const budget = ", budget: {requests: {max: 1, per: Day}}"
 	const window = ", windows: [{from: '08:00', to: '18:00', timeZone: Europe/Berlin}]"
 	for _, c := range []struct {
 		what   string
@@ -47,6 +48,12 @@ func TestWarnings(t *testing.T) {
 		{"earlier", []string{grant("a", a, "Read", "wiki", ""), grant("b", team, "Read", "'w*'", ", notBefore: '2020-01-01T00:00:00Z'")}, ""},
 		{"within", []string{grant("a", a, "Read", "wiki", ", notBefore: '2026-01-01T00:00:00Z', expires: '2027-01-01T00:00:00Z'"), grant("b", team, "Read", "'w*'", ", expires: '2099-01-01T00:00:00Z'")}, `no-effect: grant "a" changes no verdict: grant "b" (f02:2:1) says all of it`},
 		{"tried although it is so already", []string{grant("a", a, "Read", "wiki", ""), grant("b", a, "Read", "wiki", ", mode: Shadow")}, `no-effect: grant "b" changes no verdict: grant "a" (f01:2:1) says all of it`},
+		{"without a budget beside one with", []string{grant("a", a, "Read", "wiki", ""), grant("b", team, "Read", "'w*'", budget)}, ""},
+		{"with a budget beside one without", []string{grant("a", a, "Read", "wiki", budget), grant("b", team, "Read", "'w*'", "")}, `no-effect: grant "a" changes no verdict: grant "b" (f02:2:1) says all of it`},
+		{"both with a budget", []string{grant("a", a, "Read", "wiki", budget), grant("b", team, "Read", "'w*'", budget)},
+			`two-budgets: grant "a" allows something that grant "b" (f02:2:1) allows, too, with another budget`},
+		{"both with a budget, and the first is wider", []string{grant("a", team, "Read", "'w*'", budget), grant("b", a, "Read", "wiki", budget)},
+			`no-effect: grant "b" changes no verdict: grant "a" (f01:2:1) says all of it` + "\n" + `two-budgets: grant "b" allows something that grant "a" (f01:2:1) allows, too, with another budget`},
 		{"covered by what is only tried", []string{grant("a", a, "Read", "wiki", ""), grant("b", team, "Read", "'*'", ", mode: Shadow")}, ""},
 	} {
 		text := func(ps segment.Problems) string {
@@ -96,7 +103,7 @@ func TestWarningsAreCertain(t *testing.T) {
 		with, without := authz.Compile(&cfg, now), authz.Compile(&less, now)
 		for _, r := range corpus.Requests() {
 			a, b := authz.Decide(with, r), authz.Decide(without, r)
-			if a.Allowed != b.Allowed || a.ShadowAllowed != b.ShadowAllowed {
+			if a.Allowed != b.Allowed || a.ShadowAllowed != b.ShadowAllowed || a.Budget != b.Budget {
 				t.Fatalf("%+v was %+v, and is %+v", r, a, b)
 			}
 		}

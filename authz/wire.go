@@ -29,7 +29,7 @@ func (p *Policy) MarshalJSON() ([]byte, error) {
 	text := policyText{make(map[segment.EndpointName]*endpointText, len(p.Endpoints)), p.NextChange}
 	for name, e := range p.Endpoints {
 		members, classes := make(map[segment.Pattern]string, e.Members.Len()), make(map[string]*Class, len(e.Classes))
-		for caller, class := range e.Members.entries {
+		for caller, class := range e.Members.All() {
 			members[caller], classes[class.ID] = class.ID, class
 		}
 		text.Endpoints[name] = &endpointText{NewTable(members), classes, e.Shadowed}
@@ -50,7 +50,7 @@ func (p *Policy) UnmarshalJSON(data []byte) error {
 		}
 		e := &Endpoint{Shadowed: t.Shadowed}
 		members := make(map[segment.Pattern]*Class, t.Members.Len())
-		for caller, id := range t.Members.entries {
+		for caller, id := range t.Members.All() {
 			class := t.Classes[id]
 			if class == nil || class.ID != id {
 				return fmt.Errorf("read policy: endpoint %q has no class %q", name, id)
@@ -68,7 +68,7 @@ func (p *Policy) UnmarshalJSON(data []byte) error {
 }
 
 // MarshalJSON writes the entries as an object.
-func (t Table[V]) MarshalJSON() ([]byte, error) { return json.Marshal(t.entries) }
+func (t Table[V]) MarshalJSON() ([]byte, error) { return json.Marshal(maps.Collect(t.All())) }
 
 // UnmarshalJSON reads an object of entries.
 func (t *Table[V]) UnmarshalJSON(data []byte) error {

@@ -14,9 +14,7 @@
 package budget
 
 import (
-	"errors"
 	"fmt"
-	"strconv"
 	"strings"
 	"time"
 
@@ -32,138 +30,15 @@ const (
 	Tokens   Unit = "tokens"
 )
 
-// Period is how long a window is. The zero value is no period.
-type Period string
-
-// Windows begin at full minutes and hours, at midnight and on the first of a month, all in UTC.
-const (
-	Minute Period = "Minute"
-	Hour   Period = "Hour"
-	Day    Period = "Day"
-	Month  Period = "Month"
-)
-
-// Periods are the periods that a budget can name.
-func Periods() []Period { return []Period{Minute, Hour, Day, Month} }
-
-// Window returns the window that the moment is in: its first moment, and that of the next one.
-func (p Period) Window(now time.Time) (start, end time.Time) {
-	now = now.UTC()
-	switch p {
-	case Minute:
-		start = now.Truncate(time.Minute)
-		return start, start.Add(time.Minute)
-	case Hour:
-		start = now.Truncate(time.Hour)
-		return start, start.Add(time.Hour)
-	case Month:
-		start = time.Date(now.Year(), now.Month(), 1, 0, 0, 0, 0, time.UTC)
-		return start, start.AddDate(0, 1, 0)
+// ParseRule reads the name of a rule that counts, as a gateway has it: "grant/NAME BUDGET".
+func ParseRule(rule string) (segment.GrantName, segment.Budget, error) {
+	name, text, _ := strings.Cut(rule, " ")
+	grant, isGrant := strings.CutPrefix(name, "grant/")
+	if !isGrant || grant == "" {
+		return "", segment.Budget{}, fmt.Errorf("read rule %.100q: it is no grant's", rule)
 	}
-	start = time.Date(now.Year(), now.Month(), now.Day(), 0, 0, 0, 0, time.UTC)
-	return start, start.AddDate(0, 0, 1)
-}
-
-// Most is the largest bound, and more than anything that is counted: Lua and JSON still tell it from its neighbours.
-const Most = 1 << 50
-
-// Limit is so much in each window. The zero value does not limit.
-type Limit struct {
-	Max int64
-	Per Period
-}
-
-// Terms are what a grant says of its budget. The zero value bounds nothing.
-type Terms struct {
-	Requests, Tokens Limit
-	// Shared is whether all callers of the grant share one budget; else each has its own.
-	Shared bool
-	// Open is whether requests pass uncounted while the counters can't be asked; else they are denied.
-	Open bool
-}
-
-// IsZero reports whether nothing is bounded.
-func (t Terms) IsZero() bool { return t.Requests == Limit{} && t.Tokens == Limit{} }
-
-const (
-	wordShared = "shared"
-	wordOpen   = "open"
-)
-
-// String writes the terms as ParseTerms reads them: "requests=60/Minute tokens=100000/Day shared open".
-func (t Terms) String() string {
-	var words []string
-	for _, l := range []struct {
-		unit Unit
-		Limit
-	}{{Requests, t.Requests}, {Tokens, t.Tokens}} {
-		if l.Limit != (Limit{}) {
-			words = append(words, fmt.Sprintf("%s=%d/%s", l.unit, l.Max, l.Per))
-		}
-	}
-	if t.Shared {
-		words = append(words, wordShared)
-	}
-	if t.Open {
-		words = append(words, wordOpen)
-	}
-	return strings.Join(words, " ")
-}
-
-var errTerms = errors.New("these are no terms of a budget")
-
-// ParseTerms reads what String writes, and nothing else.
-func ParseTerms(text string) (Terms, error) {
-	var t Terms
-	for word := range strings.SplitSeq(text, " ") {
-		unit, limit, _ := strings.Cut(word, "=")
-		most, per, _ := strings.Cut(limit, "/")
-		n, err := strconv.ParseInt(most, 10, 64)
-		l := Limit{n, Period(per)}
-		switch {
-		case word == wordShared:
-			t.Shared = true
-		case word == wordOpen:
-			t.Open = true
-		case err != nil || !l.valid():
-			return Terms{}, fmt.Errorf("read %.100q: %w", text, errTerms)
-		case unit == string(Requests):
-			t.Requests = l
-		default:
-			t.Tokens = l
-		}
-	}
-	if t.IsZero() || t.String() != text { // which also takes care of what stands twice, or in another order
-		return Terms{}, fmt.Errorf("read %.100q: %w", text, errTerms)
-	}
-	return t, nil
-}
-
-func (l Limit) valid() bool {
-	switch l.Per {
-	case Minute, Hour, Day, Month:
-		return l.Max > 0 && l.Max <= Most
-	}
-	return false
-}
-
-// Rule is the name of a rule whose grant has a budget, as it stands in a gateway: "grant/NAME TERMS". So whoever reads which rule
-// has decided knows its terms, too.
-func Rule(grant segment.GrantName, terms Terms) string {
-	return grantPrefix + string(grant) + " " + terms.String()
-}
-
-const grantPrefix = "grant/"
-
-// ParseRule reads what Rule writes.
-func ParseRule(rule string) (segment.GrantName, Terms, error) {
-	name, text, ok := strings.Cut(rule, " ")
-	grant, isGrant := strings.CutPrefix(name, grantPrefix)
-	if !ok || !isGrant || grant == "" {
-		return "", Terms{}, fmt.Errorf("read %.100q: %w", rule, errTerms)
-	}
-	terms, err := ParseTerms(text)
-	return segment.GrantName(grant), terms, err
+	b, err := segment.ParseBudget(text)
+	return segment.GrantName(grant), b, err
 }
 
 // Account is one counter: what is counted, and for whom.
@@ -171,7 +46,7 @@ type Account struct {
 	Grant  segment.GrantName `json:"grant"`
 	Caller string            `json:"caller,omitempty"` // SPIFFE ID; "": all callers together
 	Unit   Unit              `json:"unit"`
-	Per    Period            `json:"per"`
+	Per    segment.Period    `json:"per"`
 }
 
 // Charge takes an amount of an account that has Max.

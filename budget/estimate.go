@@ -13,6 +13,7 @@ const unstated = 4096
 // Ask is what is known of a request before it is sent on.
 type Ask struct {
 	Grant     segment.GrantName
+	Budget    segment.Budget // of the grant
 	Caller    string
 	Operation segment.Operation
 	Bytes     int64 // of its body
@@ -38,18 +39,18 @@ type Hold struct {
 //
 // A token stands for one byte of the body at least, so that its length is the most that the prompt can be. Where the same text
 // is in another form there (an image by its URL, a conversation by its ID), that is an estimate like any other.
-func (t Terms) Charges(a Ask) ([]Charge, *Hold) {
+func (a Ask) Charges() ([]Charge, *Hold) {
 	account := Account{Grant: a.Grant, Caller: a.Caller}
-	if t.Shared {
+	if a.Budget.Shared {
 		account.Caller = ""
 	}
 	var charges []Charge
-	if l := t.Requests; l != (Limit{}) {
+	if l := a.Budget.Requests; l != (segment.Limit{}) {
 		account.Unit, account.Per = Requests, l.Per
 		charges = append(charges, Charge{account, l.Max, 1})
 	}
-	l := t.Tokens
-	if l == (Limit{}) {
+	l := a.Budget.Tokens
+	if l == (segment.Limit{}) {
 		return charges, nil
 	}
 	account.Unit, account.Per = Tokens, l.Per
@@ -66,11 +67,11 @@ func (t Terms) Charges(a Ask) ([]Charge, *Hold) {
 }
 
 // bounded keeps what others say within what can be added up.
-func bounded(n int64) int64 { return min(max(0, n), Most) }
+func bounded(n int64) int64 { return min(max(0, n), segment.MaxLimit) }
 
 func times(a, b int64) int64 {
-	if a > 0 && b > Most/a {
-		return Most
+	if a > 0 && b > segment.MaxLimit/a {
+		return segment.MaxLimit
 	}
 	return a * b
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -53,14 +54,15 @@ const clockCheck = 10 * time.Second
 // Run makes generations until the context ends.
 func (p *Pipeline) Run(ctx context.Context) error {
 	var (
-		enforced *[]v1alpha1.Document // the newest good ones; nil: none yet
-		cfg      *segment.Config      // made of them; nil: none yet
-		problems segment.Problems
-		tried    tried
-		learned  envoy.Learned
-		noticed  time.Time // when the source noticed the newest documents; zero: something else has changed
-		made     time.Time // when the policy was last made
-		next     time.Time // when time alone changes the policy; zero: never
+		assembler v1alpha1.Assembler
+		enforced  [][]v1alpha1.Document // the newest good ones
+		cfg       *segment.Config       // made of them; nil: none yet
+		problems  segment.Problems
+		tried     tried
+		learned   envoy.Learned
+		noticed   time.Time // when the source noticed the newest documents; zero: something else has changed
+		made      time.Time // when the policy was last made
+		next      time.Time // when time alone changes the policy; zero: never
 	)
 	clock := time.NewTicker(clockCheck)
 	defer clock.Stop()
@@ -72,15 +74,15 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		case docs := <-p.Documents: // 1. someone edited something
 			noticed = docs.Noticed
 			var assembled segment.Config
-			if assembled, problems = v1alpha1.Assemble(docs.Documents, p.Options); len(problems) > 0 {
+			if assembled, problems = assembler.Assemble(docs.Files, p.Options); len(problems) > 0 {
 				p.complain(problems, tried.problems)
 				continue
 			}
-			enforced, cfg = &docs.Documents, &assembled
+			enforced, cfg = docs.Files, &assembled
 			p.try(&tried, cfg, enforced)
 		case docs := <-p.Shadow: // 2. or something in the shadow folder
 			noticed = docs.Noticed
-			tried.documents = &docs.Documents
+			tried.documents, tried.read = slices.Concat(docs.Files...), true
 			p.try(&tried, cfg, enforced)
 		case learned.Names = <-p.Names: // 3. a store has other collections now
 		case learned.Keys = <-p.Keys: // 4. tokens are signed with other keys now
@@ -117,19 +119,20 @@ func (p *Pipeline) Run(ctx context.Context) error {
 
 // tried is the shadow folder.
 type tried struct {
-	documents *[]v1alpha1.Document // the newest; nil: none yet
-	grants    []segment.Grant      // of the last good ones
-	good      bool                 // whether there were good ones
-	problems  segment.Problems     // with the newest
+	documents []v1alpha1.Document // the newest
+	read      bool                // whether there have been any
+	grants    []segment.Grant     // of the last good ones
+	good      bool                // whether there were good ones
+	problems  segment.Problems    // with the newest
 }
 
 // try puts the shadow folder's grants beside the enforced ones. Whatever is wrong with it, it changes none of these.
-func (p *Pipeline) try(t *tried, cfg *segment.Config, enforced *[]v1alpha1.Document) {
-	if t.documents == nil || cfg == nil {
+func (p *Pipeline) try(t *tried, cfg *segment.Config, enforced [][]v1alpha1.Document) {
+	if !t.read || cfg == nil {
 		return
 	}
 	var grants []segment.Grant
-	if grants, t.problems = v1alpha1.AssembleShadow(*enforced, *t.documents, p.Options); len(t.problems) == 0 {
+	if grants, t.problems = v1alpha1.AssembleShadow(slices.Concat(enforced...), t.documents, p.Options); len(t.problems) == 0 {
 		t.grants, t.good = grants, true
 	}
 	for _, problem := range t.problems {

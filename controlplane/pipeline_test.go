@@ -26,7 +26,7 @@ func grant(name, resource, more string) string { return fmt.Sprintf(head, name, 
 func snapshot(docs ...string) v1alpha1.Snapshot {
 	var s v1alpha1.Snapshot
 	for i, d := range docs {
-		s.Documents = append(s.Documents, v1alpha1.Decode(fmt.Sprintf("f%d", i), []byte(d))...)
+		s.Files = append(s.Files, v1alpha1.Decode(fmt.Sprintf("f%d", i), []byte(d)))
 	}
 	return s
 }
@@ -236,7 +236,7 @@ func TestSinkFails(t *testing.T) {
 
 func TestDigest(t *testing.T) {
 	digest := func(names envoy.Names, docs ...string) Digest {
-		config, problems := v1alpha1.Assemble(snapshot(docs...).Documents, corpus.Options())
+		config, problems := v1alpha1.Assemble(slices.Concat(snapshot(docs...).Files...), corpus.Options())
 		if problems != nil {
 			t.Fatal(problems)
 		}

@@ -198,6 +198,7 @@ type Grant struct {
 	Expires time.Time
 	// Windows are when it holds in between: within any of them; none: always.
 	Windows []Window
+	Budget  Budget // how much may be used of what an Allow gives
 	// Who answers for the grant, why it is there, and where that was agreed; without any effect.
 	Owner, Reason, Ticket string
 	Pos                   Pos // where the user wrote it
@@ -206,7 +207,7 @@ type Grant struct {
 // Says reports whether the other grant says the same; where it stands and who answers for it does not matter.
 func (g *Grant) Says(other *Grant) bool {
 	return g.Name == other.Name && g.Effect == other.Effect && g.Mode == other.Mode &&
-		g.NotBefore.Equal(other.NotBefore) && g.Expires.Equal(other.Expires) && g.SameWindows(other) &&
+		g.NotBefore.Equal(other.NotBefore) && g.Expires.Equal(other.Expires) && g.SameWindows(other) && g.Budget == other.Budget &&
 		slices.Equal(g.From, other.From) &&
 		slices.EqualFunc(g.To, other.To, func(a, b Target) bool {
 			return a.Endpoint == b.Endpoint && slices.Equal(a.Operations, b.Operations) && slices.Equal(a.Resources, b.Resources)

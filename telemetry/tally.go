@@ -25,8 +25,10 @@ func (f Flow) Judged() Judged {
 	return Judged{f.Caller, f.Endpoint, f.Operation, f.Resource, f.Verdict, f.Rule, f.Shadow, f.ShadowBy}
 }
 
-// Granted reports whether a grant let it through, whatever became of it then.
-func (j Judged) Granted() bool { return j.Verdict == Allowed || j.Verdict == Failed }
+// Granted reports whether a grant allows it, whatever became of it then.
+func (j Judged) Granted() bool {
+	return j.Verdict == Allowed || j.Verdict == Failed || j.Verdict == Limited
+}
 
 // Differs reports whether the shadow grants would have answered otherwise. What was not judged does not differ.
 func (j Judged) Differs() bool {

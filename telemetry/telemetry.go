@@ -20,10 +20,11 @@ const (
 	Denied  Verdict = "denied"  // no grant allows it, or one denies it
 	Refused Verdict = "refused" // it was not judged: a bad request, or a connection that did not get through TLS
 	Failed  Verdict = "failed"  // a grant let it through, but the backend failed
+	Limited Verdict = "limited" // a grant allows it, and its budget was used up, or could not be counted
 )
 
 // Verdicts are the known verdicts, the worst last.
-func Verdicts() []Verdict { return []Verdict{Allowed, Failed, Refused, Denied} }
+func Verdicts() []Verdict { return []Verdict{Allowed, Failed, Limited, Refused, Denied} }
 
 // ParseVerdict reads a verdict as users write it.
 func ParseVerdict(s string) (Verdict, error) {
@@ -32,7 +33,7 @@ func ParseVerdict(s string) (Verdict, error) {
 			return v, nil
 		}
 	}
-	return "", fmt.Errorf("read verdict: %q is none of allowed, failed, refused, denied", s)
+	return "", fmt.Errorf("read verdict: %q is none of allowed, failed, limited, refused, denied", s)
 }
 
 // Worst returns the worse of two verdicts; an unknown one gives way to any other.

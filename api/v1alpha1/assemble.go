@@ -29,7 +29,11 @@ type Options struct {
 // the model. If anything is wrong with any document it returns all problems and no configuration. The order of the
 // documents has no meaning. No documents are a configuration too: the one that denies everything.
 func Assemble(docs []Document, o Options) (segment.Config, segment.Problems) {
-	a := assembler{
+	return newAssembler(o).assemble(docs)
+}
+
+func newAssembler(o Options) *assembler {
+	return &assembler{
 		Options:   o,
 		names:     make(map[documentName]*Document),
 		endpoints: make(map[string]*endpoint),
@@ -41,6 +45,10 @@ func Assemble(docs []Document, o Options) (segment.Config, segment.Problems) {
 		issuers:   make(map[string]struct{}),
 		zones:     make(map[string]*time.Location),
 	}
+}
+
+func (a *assembler) assemble(docs []Document) (segment.Config, segment.Problems) {
+	o := a.Options
 	config := segment.Config{TrustDomain: o.TrustDomain}
 	if o.Gateway != nil {
 		config.Gateways = append(config.Gateways, *o.Gateway)

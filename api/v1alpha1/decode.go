@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -144,6 +145,8 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value) {
 		if d.is(n, yaml.SequenceNode) {
 			d.items(n, v)
 		}
+	case reflect.Int64:
+		d.number(n, v)
 	case reflect.String:
 		if d.is(n, yaml.ScalarNode) {
 			d.text(n, v)
@@ -315,6 +318,17 @@ func (d *decoder) text(n *yaml.Node, v reflect.Value) {
 		return
 	}
 	v.SetString(n.Value)
+}
+
+// number reads a count, which people write in decimal digits.
+func (d *decoder) number(n *yaml.Node, v reflect.Value) {
+	count, err := strconv.ParseInt(n.Value, 10, 64)
+	if n.Kind != yaml.ScalarNode || n.Tag != "!!int" {
+		d.report(n, "wrong-type", fmt.Sprintf("must be a number, and is %s", typeName(n.Kind, n.Tag)), "write it in digits, without quotes")
+	} else if err != nil || count < 1 || count > segment.MaxLimit || strconv.FormatInt(count, 10) != n.Value {
+		d.report(n, "bad-value", fmt.Sprintf("is %s, and must be a whole number from 1 to %d", clip(n.Value), segment.MaxLimit), "")
+	}
+	v.SetInt(count)
 }
 
 func (d *decoder) moment(n *yaml.Node, v reflect.Value) {

@@ -112,6 +112,6 @@ func byPosition(a, b *Document) int {
 
 // Snapshot is all documents of a source as they stood at one moment. It is immutable.
 type Snapshot struct {
-	Documents []Document
-	Noticed   time.Time // when the first of the changes was noticed that made it differ from the one before
+	Files   [][]Document // the documents of each file; of a file that has not changed it is the same slice as before
+	Noticed time.Time    // when the first of the changes was noticed that made it differ from the one before
 }

@@ -32,6 +32,9 @@ func (a *assembler) endpoint(d *Document, spec *EndpointSpec) segment.Endpoint {
 	e.Database = a.database(d, spec)
 	e.Templates = a.templates(d, spec)
 	if spec.Tokens != nil {
+		if spec.Protocol == segment.TCP {
+			a.report(d, "not-in-protocol", "spec.tokens", fmt.Sprintf("means nothing in protocol %s", spec.Protocol), "leave it out: callers of connections have certificates, all of them")
+		}
 		e.Tokens = a.tokens(d, spec.Tokens, e.Hostnames)
 		known.issuers = spec.Tokens.Issuers
 	}

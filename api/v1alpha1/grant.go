@@ -40,6 +40,9 @@ func (a *assembler) grant(d *Document, spec *GrantSpec) segment.Grant {
 		g.To = append(g.To, a.target(d, i, &spec.To[i]))
 		a.taken(d, i, &spec.To[i], g.From)
 	}
+	if spec.Budget != nil {
+		g.Budget = a.budget(d, spec)
+	}
 	slices.SortFunc(g.To, func(a, b segment.Target) int {
 		return cmp.Or(cmp.Compare(a.Endpoint, b.Endpoint), slices.Compare(a.Operations, b.Operations), slices.Compare(a.Resources, b.Resources))
 	})
@@ -101,6 +104,46 @@ func (a *assembler) zone(d *Document, field, name string) *time.Location {
 	}
 	a.zones[name] = zone
 	return zone
+}
+
+// budget reads spec.budget. A gateway counts requests, and the tokens of answers that it can read.
+func (a *assembler) budget(d *Document, spec *GrantSpec) segment.Budget {
+	limit := func(l *Limit) segment.Limit {
+		if l == nil {
+			return segment.Limit{}
+		}
+		return segment.Limit{Max: l.Max, Per: l.Per}
+	}
+	b := segment.Budget{Requests: limit(spec.Budget.Requests), Tokens: limit(spec.Budget.Tokens),
+		Shared: spec.Budget.Scope == shared, Open: spec.Budget.WhenUnavailable == segment.Allow}
+	if b.IsZero() {
+		a.report(d, "missing-field", "spec.budget", "bounds nothing", "write requests or tokens, like: requests: {max: 60, per: Minute}")
+	}
+	if spec.Effect == segment.Deny {
+		a.report(d, "bad-budget", "spec.budget", "stands in a Deny, of which nobody uses anything", "leave it out, or write an Allow")
+	}
+	for i, to := range spec.To {
+		e := a.endpoints[to.Endpoint]
+		if e != nil && e.protocol == segment.TCP {
+			a.report(d, "bad-budget", "spec.budget", fmt.Sprintf("can't be counted at endpoint %q: a TCP connection has no requests", to.Endpoint),
+				"leave it out, or put the other endpoints into another grant")
+		} else if e != nil && spec.Budget.Tokens != nil && !reportsUsage(e.protocol) {
+			a.report(d, "bad-budget", "spec.budget.tokens", fmt.Sprintf("can't be counted at endpoint %q: %s has none", to.Endpoint, e.protocol), "bound requests instead")
+		} else if e != nil && spec.Budget.Tokens != nil {
+			for j, o := range to.Operations {
+				if o != segment.Infer && o != segment.Embed && slices.Contains(e.operations, o) {
+					a.report(d, "bad-budget", fmt.Sprintf("spec.to[%d].operations[%d]", i, j),
+						fmt.Sprintf("is %q, whose tokens nobody can count, and the grant has a budget of tokens", o), "put it into another grant")
+				}
+			}
+		}
+	}
+	return b
+}
+
+// reportsUsage says whether answers tell how many tokens they took.
+func reportsUsage(p segment.Protocol) bool {
+	return p == segment.OpenAI || p == segment.Anthropic || p == segment.Gemini
 }
 
 // callers resolves one entry of spec.from.
@@ -194,6 +237,8 @@ func (a *assembler) target(d *Document, i int, to *To) segment.Target {
 		switch {
 		case strings.Contains(p.Stem(), "*"):
 			a.report(d, "bad-pattern", at("resources", j), fmt.Sprintf("is %q", r), "* stands for the rest of a name, and only at its end")
+		case e != nil && e.protocol == segment.TCP && r != "*":
+			a.report(d, "not-in-protocol", at("resources", j), fmt.Sprintf("is %q, and a TCP connection to endpoint %q names no resource", r, to.Endpoint), `write "*"`)
 		case e != nil && len(e.models) > 0 && r != "*" && !slices.ContainsFunc(e.models, p.Matches):
 			a.missing(d, at("resources", j), "model", r, slices.Values(e.models))
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"strings"
 	"unicode/utf8"
 
@@ -24,59 +25,84 @@ func Decode(name string, data []byte) []Document {
 	return new(Memo).Decode(name, string(data))
 }
 
-// Memo decodes, and remembers each document by its text: after a change in one of many, only that one is decoded
-// again, wherever it now stands. The zero value is ready. It is not for several goroutines at once.
+// Memo decodes, and remembers the documents of each name: of a text that has not changed they are the same slice, and
+// after a change in one of many documents only that one is decoded again, wherever in its text it now stands. The zero
+// value is ready. It is not for several goroutines at once.
 type Memo struct {
-	before, now map[string][]Document // their positions count from the beginning of the text
-	schema      schema
+	texts  map[string]*remembered // by name
+	turn   int                    // how often it has forgotten
+	schema schema
 }
 
-// Forget drops all documents that were not decoded since the last Forget.
-func (m *Memo) Forget() { m.before, m.now = m.now, nil }
+// remembered is a text that was decoded.
+type remembered struct {
+	text  string
+	docs  []Document
+	parts map[string][]Document // their positions count from the beginning of the part
+	turn  int                   // when it was last asked for
+}
 
-// Decode is Decode, from memory where it can. Documents of equal text share their Spec: it must not be changed.
+// Forget drops all names that were not decoded since the last Forget.
+func (m *Memo) Forget() {
+	maps.DeleteFunc(m.texts, func(_ string, r *remembered) bool { return r.turn < m.turn })
+	m.turn++
+}
+
+// Decode is Decode, from memory where it can. Documents of equal text share their Spec, and of an equal name and text all: they
+// must not be changed.
 func (m *Memo) Decode(name, text string) []Document {
+	last := m.texts[name]
+	if last != nil && last.text == text {
+		last.turn = m.turn
+		return last.docs
+	}
+	if m.texts == nil {
+		m.texts, m.schema = map[string]*remembered{}, schema{}
+	}
+	r := &remembered{text: text, turn: m.turn}
+	r.decode(name, last, m.schema)
+	m.texts[name] = r
+	return r.docs
+}
+
+func (r *remembered) decode(name string, last *remembered, s schema) {
+	text := r.text
 	switch invalid := invalidUTF8(text); {
 	case len(text) > MaxBytes:
-		return []Document{Unreadable(segment.Problem{Code: "too-large", Pos: segment.Pos{File: name},
+		r.docs = []Document{Unreadable(segment.Problem{Code: "too-large", Pos: segment.Pos{File: name},
 			Msg: fmt.Sprintf("is larger than %d MiB", MaxBytes>>20), Hint: "write several files"})}
+		return
 	case text == "":
-		return []Document{Unreadable(segment.Problem{Code: "unfinished", Pos: segment.Pos{File: name},
+		r.docs = []Document{Unreadable(segment.Problem{Code: "unfinished", Pos: segment.Pos{File: name},
 			Msg: "is empty", Hint: "it may be half written; delete the file if nothing shall be in it"})}
+		return
 	case invalid >= 0:
 		line := strings.LastIndexByte(text[:invalid], '\n') + 1
-		return []Document{Unreadable(segment.Problem{Code: "not-utf8", Msg: "is not UTF-8",
+		r.docs = []Document{Unreadable(segment.Problem{Code: "not-utf8", Msg: "is not UTF-8",
 			Pos:  segment.Pos{File: name, Line: strings.Count(text[:invalid], "\n") + 1, Column: utf8.RuneCountInString(text[line:invalid]) + 1},
 			Hint: "save it as UTF-8"})}
+		return
 	}
-	var docs []Document
+	var known map[string][]Document
+	if last != nil {
+		known = last.parts
+	}
+	r.parts = make(map[string][]Document, len(known))
 	above := 0
 	for part := range parts(text) {
-		for _, d := range m.part(part) {
+		docs, ok := r.parts[part]
+		if !ok {
+			if docs, ok = known[part]; !ok {
+				docs = s.decode(part)
+			}
+			r.parts[part] = docs
+		}
+		for _, d := range docs {
 			d.file, d.above = name, above
-			docs = append(docs, d)
+			r.docs = append(r.docs, d)
 		}
 		above += strings.Count(part, "\n")
 	}
-	return docs
-}
-
-func (m *Memo) part(text string) []Document {
-	if docs, ok := m.now[text]; ok {
-		return docs
-	}
-	docs, ok := m.before[text]
-	if !ok {
-		if m.schema == nil {
-			m.schema = make(schema)
-		}
-		docs = m.schema.decode(text)
-	}
-	if m.now == nil {
-		m.now = make(map[string][]Document, len(m.before))
-	}
-	m.now[text] = docs
-	return docs
 }
 
 // parts cuts a YAML stream before each line that begins with the document marker. Such a line is one wherever it

@@ -53,6 +53,10 @@ func allowed(t reflect.Type) []string {
 		return texts([]segment.Effect{segment.Allow, segment.Deny})
 	case reflect.TypeFor[segment.Mode]():
 		return texts([]segment.Mode{segment.Enforce, segment.Shadow})
+	case reflect.TypeFor[Scope]():
+		return texts([]Scope{perCaller, shared})
+	case reflect.TypeFor[segment.Period]():
+		return texts(segment.Periods())
 	case reflect.TypeFor[Day]():
 		return days
 	case reflect.TypeFor[segment.EndpointProfile]():

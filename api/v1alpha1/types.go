@@ -117,6 +117,7 @@ type GrantSpec struct {
 	NotBefore *time.Time     `json:"notBefore,omitempty"` // RFC 3339; before this moment the grant does not hold
 	Expires   *time.Time     `json:"expires,omitempty"`   // RFC 3339; from this moment on the grant does not hold
 	Windows   []Window       `json:"windows,omitempty"`   // in between it holds within any of these; default: always
+	Budget    *Budget        `json:"budget,omitempty"`    // how much may be used; default: as much as one likes
 	Owner     string         `json:"owner,omitempty"`     // who answers for it
 	Reason    string         `json:"reason,omitempty"`
 	Ticket    string         `json:"ticket,omitempty"` // where that was agreed
@@ -128,6 +129,28 @@ type Window struct {
 	From     string `json:"from"`               // "08:00"
 	To       string `json:"to"`                 // "18:00", "24:00"; if earlier than from, on the next day
 	TimeZone string `json:"timeZone,omitempty"` // of the IANA database, "Europe/Berlin"; default: UTC
+}
+
+// Budget bounds what the callers of a grant use; see segment.Budget. One of requests and tokens is there.
+type Budget struct {
+	Requests        *Limit         `json:"requests,omitempty"`
+	Tokens          *Limit         `json:"tokens,omitempty"`          // of what is sent and what is answered; for Infer and Embed
+	Scope           Scope          `json:"scope,omitempty"`           // default: Caller
+	WhenUnavailable segment.Effect `json:"whenUnavailable,omitempty"` // while nobody can count; default: Deny
+}
+
+// Scope says whose a budget is.
+type Scope string
+
+const (
+	perCaller Scope = "Caller" // each caller has its own
+	shared    Scope = "Shared" // all callers of the grant have one together
+)
+
+// Limit is so much in each window; see segment.Limit.
+type Limit struct {
+	Max int64          `json:"max"` // at least 1
+	Per segment.Period `json:"per"`
 }
 
 // Day is a day of the week, in the three letters of RFC 5322, 3.3.

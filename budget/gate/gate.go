@@ -87,26 +87,21 @@ func (g *Gate) Stats() Stats {
 // Check answers whether a request is within its budget.
 func (g *Gate) Check(ctx context.Context, r *authv3.CheckRequest) (*authv3.CheckResponse, error) {
 	now := time.Now()
-	terms, ask, err := read(r.GetAttributes())
+	ask, err := read(r.GetAttributes())
 	if err != nil {
 		g.failed.Add(1)
 		g.log.Error("a request can't be counted", "error", err)
 		return denied(typev3.StatusCode_InternalServerError, codes.Internal, "this request can't be counted"), nil
 	}
-	charges, hold := terms.Charges(ask)
+	charges, hold := ask.Charges()
 	answer, err := g.counters.Reserve(ctx, now, charges)
 	g.note(ctx, err)
 	switch {
 	case err != nil:
-		return g.blind(terms), nil //nolint:nilerr // the answer says it
+		return g.blind(ask.Budget), nil //nolint:nilerr // the answer says it
 	case !answer.Allowed:
 		g.limited.Add(1)
-		no := limited(now, charges, answer)
-		if strings.HasPrefix(r.GetAttributes().GetRequest().GetHttp().GetHeaders()["content-type"], "application/grpc") {
-			// Envoy would say UNAVAILABLE, at which clients of gRPC try again at once.
-			no.GetDeniedResponse().Headers = append(no.GetDeniedResponse().Headers, header("grpc-status", strconv.Itoa(int(codes.ResourceExhausted))))
-		}
-		return no, nil
+		return limited(now, charges, answer), nil
 	}
 	g.allowed.Add(1)
 	ok := &authv3.CheckResponse{Status: &status.Status{}, HttpResponse: &authv3.CheckResponse_OkResponse{
@@ -123,8 +118,8 @@ func (g *Gate) Check(ctx context.Context, r *authv3.CheckRequest) (*authv3.Check
 }
 
 // blind answers while nothing can be counted.
-func (g *Gate) blind(terms budget.Terms) *authv3.CheckResponse {
-	if terms.Open {
+func (g *Gate) blind(b segment.Budget) *authv3.CheckResponse {
+	if b.Open {
 		g.uncounted.Add(1)
 		return &authv3.CheckResponse{Status: &status.Status{}}
 	}
@@ -146,15 +141,16 @@ func (g *Gate) note(ctx context.Context, err error) {
 var errCaller = errors.New("nobody says who the caller is")
 
 // read finds out what a request asks for.
-func read(a *authv3.AttributeContext) (budget.Terms, budget.Ask, error) {
+func read(a *authv3.AttributeContext) (budget.Ask, error) {
 	said := a.GetMetadataContext().GetFilterMetadata()
-	grant, terms, err := budget.ParseRule(said[rbacMetadata].GetFields()[rbacRule].GetStringValue())
+	grant, bounds, err := budget.ParseRule(said[rbacMetadata].GetFields()[rbacRule].GetStringValue())
 	if err != nil {
-		return terms, budget.Ask{}, err
+		return budget.Ask{}, err
 	}
 	ours := said[ourMetadata].GetFields()
 	ask := budget.Ask{
 		Grant:     grant,
+		Budget:    bounds,
 		Caller:    ours["caller"].GetStringValue(), // where callers may have tokens
 		Operation: segment.Operation(a.GetRouteMetadataContext().GetFilterMetadata()[ourMetadata].GetFields()["operation"].GetStringValue()),
 		Bytes:     a.GetRequest().GetHttp().GetSize(),
@@ -165,9 +161,9 @@ func read(a *authv3.AttributeContext) (budget.Terms, budget.Ask, error) {
 		ask.Caller = a.GetSource().GetPrincipal()
 	}
 	if ask.Caller == "" {
-		return terms, ask, errCaller
+		return ask, errCaller
 	}
-	return terms, ask, nil
+	return ask, nil
 }
 
 // number reads a count; what is none counts as not there.
@@ -176,7 +172,7 @@ func number(v *structpb.Value) int64 {
 	if !(n >= 0) { // nor is NaN
 		return 0
 	}
-	return int64(math.Ceil(min(n, budget.Most)))
+	return int64(math.Ceil(min(n, segment.MaxLimit)))
 }
 
 // longRetry is from when on it is no use that a client waits. Those of OpenAI wait no minute.
@@ -284,7 +280,7 @@ func seen(e *accesslogv3.HTTPAccessLogEntry) budget.Seen {
 	ours := common.GetMetadata().GetFilterMetadata()[ourMetadata].GetFields()
 	s := budget.Seen{
 		Status:   int(resp.GetResponseCode().GetValue()),
-		Bytes:    int64(min(resp.GetResponseBodyBytes(), budget.Most)),
+		Bytes:    int64(min(resp.GetResponseBodyBytes(), segment.MaxLimit)),
 		Input:    number(ours["input_tokens"]),
 		Output:   number(ours["output_tokens"]),
 		Events:   number(ours["events"]),

@@ -15,6 +15,7 @@ import (
 
 	"sallyport.dev/budget"
 	"sallyport.dev/budget/local"
+	"sallyport.dev/segment"
 )
 
 var now = time.Date(2026, time.November, 23, 20, 3, 17, 0, time.UTC)
@@ -29,7 +30,7 @@ func open(t *testing.T, path string) *local.Counters {
 }
 
 func charge(caller string, most, amount int64) []budget.Charge {
-	return []budget.Charge{{Account: budget.Account{Grant: "g", Caller: caller, Unit: budget.Tokens, Per: budget.Day}, Max: most, Amount: amount}}
+	return []budget.Charge{{Account: budget.Account{Grant: "g", Caller: caller, Unit: budget.Tokens, Per: segment.Day}, Max: most, Amount: amount}}
 }
 
 func reserve(t *testing.T, c *local.Counters, charges []budget.Charge) budget.Answer {
@@ -59,7 +60,7 @@ func TestKilled(t *testing.T) {
 	if path := os.Getenv(variable); path != "" {
 		c := open(t, path)
 		for {
-			if !reserve(t, c, charge("a", budget.Most, 1)).Allowed {
+			if !reserve(t, c, charge("a", segment.MaxLimit, 1)).Allowed {
 				t.Fatal("not allowed")
 			}
 			fmt.Println("granted")
@@ -190,12 +191,12 @@ func TestShort(t *testing.T) {
 		go func() { done <- c.Run(ctx) }()
 		var largest int64
 		for i := range 40_000 {
-			answer, err := c.Reserve(ctx, time.Now(), charge(fmt.Sprint(i%50), budget.Most, 1))
+			answer, err := c.Reserve(ctx, time.Now(), charge(fmt.Sprint(i%50), segment.MaxLimit, 1))
 			if err != nil || !answer.Allowed {
 				t.Fatal(answer, err)
 			}
 			if i%1000 == 0 {
-				time.Sleep(time.Second)
+				time.Sleep(time.Second) // of the bubble's clock: Run's next tick
 				synctest.Wait()
 				info, err := os.Stat(path)
 				if err != nil {

@@ -74,7 +74,7 @@ func (c *Counters) Reserve(ctx context.Context, now time.Time, charges []budget.
 	for i, charge := range charges {
 		start, end := charge.Per.Window(now)
 		keys[i] = key(charge.Account, start)
-		amount, held := min(max(0, charge.Amount), budget.Most), int64(0)
+		amount, held := min(max(0, charge.Amount), segment.MaxLimit), int64(0)
 		if charge.Unit == budget.Tokens {
 			held = amount
 		}
@@ -137,7 +137,7 @@ func (c *Counters) Balances(ctx context.Context, now time.Time) ([]budget.Balanc
 	return budget.Sorted(maps.Values(found)), nil
 }
 
-func inWindow(p budget.Period, window, now time.Time) bool {
+func inWindow(p segment.Period, window, now time.Time) bool {
 	start, _ := p.Window(now)
 	return start.Equal(window)
 }
@@ -155,6 +155,6 @@ func parseKey(k string) (a budget.Account, window time.Time, ok bool) {
 		return a, window, false
 	}
 	n, err := strconv.ParseInt(f[2], 10, 64)
-	return budget.Account{Grant: segment.GrantName(grant), Caller: caller, Unit: budget.Unit(f[0]), Per: budget.Period(f[1])},
+	return budget.Account{Grant: segment.GrantName(grant), Caller: caller, Unit: budget.Unit(f[0]), Per: segment.Period(f[1])},
 		time.Unix(n, 0).UTC(), err == nil
 }

@@ -16,6 +16,7 @@ import (
 
 	"sallyport.dev/budget"
 	"sallyport.dev/budget/shared"
+	"sallyport.dev/segment"
 )
 
 // server is a Redis that can be stopped and started again. It listens at a Unix socket.
@@ -35,7 +36,7 @@ func newServer(t *testing.T) *server {
 		}
 	}
 	if err != nil {
-		t.Fatalf("these tests need redis-server (`make parts`, or set $REDIS_SERVER): %v", err)
+		t.Fatalf("these tests need redis-server (`make clients`, or set $REDIS_SERVER): %v", err)
 	}
 	dir, err := os.MkdirTemp("/tmp", "sp")
 	if err != nil {
@@ -85,7 +86,7 @@ func (s *server) open() *shared.Counters {
 }
 
 func charge(grant string, unit budget.Unit, most, amount int64) budget.Charge {
-	return budget.Charge{Account: budget.Account{Grant: "g", Caller: grant, Unit: unit, Per: budget.Month}, Max: most, Amount: amount}
+	return budget.Charge{Account: budget.Account{Grant: "g", Caller: grant, Unit: unit, Per: segment.Month}, Max: most, Amount: amount}
 }
 
 // Gateways that ask at the same time give exactly what there is.

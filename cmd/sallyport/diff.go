@@ -287,7 +287,10 @@ func (c *comparing) compare(old, new *side) (*comparison, error) {
 		}
 		changes := c.diff(was, is)
 		fresh := slices.DeleteFunc(changes, func(ch authz.Change) bool {
-			key := fmt.Sprintf("%t %q %q %q %q", ch.Gain, ch.Callers, ch.Endpoint, ch.Operations, ch.Resources)
+			key := fmt.Sprintf("%t %t %q %q %q %q", ch.Gain, ch.Budget, ch.Callers, ch.Endpoint, ch.Operations, ch.Resources)
+			for _, why := range ch.Causes {
+				key += fmt.Sprintf(" %s %s", why.WasBudget, why.IsBudget)
+			}
 			told := seen[key]
 			seen[key] = true
 			return told

@@ -101,7 +101,12 @@ func (out *comparison) write(w io.Writer) error {
 // changeText is a change without its callers.
 func changeText(ch *authz.Change, name func(string) string) string {
 	can := "- may no longer"
-	if ch.Gain {
+	switch {
+	case ch.Budget && ch.Gain:
+		can = "+ has another budget, or none, for"
+	case ch.Budget:
+		can = "- has a smaller budget for"
+	case ch.Gain:
 		can = "+ may now"
 	}
 	text := fmt.Sprintf("%s %s at %s", can, listed(ch.Operations, name), name(string(ch.Endpoint)))
@@ -135,7 +140,8 @@ func listed[T ~string](names []T, name func(string) string) string {
 
 // causeText says which grants decide, with their places.
 func (out *comparison) causeText(why *authz.Cause, name func(string) string) string {
-	text := fmt.Sprintf("by %s, was %s", ruleText(why.Is, out.NewGrants, name), ruleText(why.Was, out.OldGrants, name))
+	text := fmt.Sprintf("by %s%s, was %s%s", ruleText(why.Is, out.NewGrants, name), within(why.IsBudget, name),
+		ruleText(why.Was, out.OldGrants, name), within(why.WasBudget, name))
 	var of []string
 	if why.Callers != nil {
 		of = append(of, setText(*why.Callers, name))
@@ -147,6 +153,13 @@ func (out *comparison) causeText(why *authz.Cause, name func(string) string) str
 		text += ", for " + strings.Join(of, " and ")
 	}
 	return text
+}
+
+func within(b segment.Budget, name func(string) string) string {
+	if b.IsZero() {
+		return ""
+	}
+	return " within " + name(b.String())
 }
 
 func ruleText(rule authz.Rule, places map[authz.Rule]segment.Pos, name func(string) string) string {
@@ -172,7 +185,12 @@ func (out *comparison) markdown() string {
 				break
 			}
 			can := "➖ no longer"
-			if ch.Gain {
+			switch {
+			case ch.Budget && ch.Gain:
+				can = "➕ another budget, or none"
+			case ch.Budget:
+				can = "➖ a smaller budget"
+			case ch.Gain:
 				can = "➕ now"
 			}
 			var because []string
@@ -290,6 +308,7 @@ var sarifRules = []sarifRule{
 	{"access-gained", sarifText{"A grant gives callers access that they did not have."}},
 	{"deny-lifted", sarifText{"Callers gain access because a Deny is gone or narrower."}},
 	{"access-gained-later", sarifText{"Callers gain access at a later moment."}},
+	{"budget-raised", sarifText{"Callers may use more of what they have access to."}},
 }
 
 // sarif has a result for each gain and each grant of NEW that is responsible for it.
@@ -306,6 +325,8 @@ func (out *comparison) sarif(allowGains bool) sarifLog {
 				switch {
 				case !m.At.IsZero():
 					rule = 2
+				case ch.Budget:
+					rule = 3
 				case why.Was != authz.DefaultDeny:
 					rule = 1
 				}
@@ -317,7 +338,7 @@ func (out *comparison) sarif(allowGains bool) sarifLog {
 					part.Resources = *why.Resources
 				}
 				text := setText(part.Callers, plain) + strings.TrimPrefix(changeText(&part, plain), "+") +
-					fmt.Sprintf(" (by %s, was %s)", why.Is, ruleText(why.Was, out.OldGrants, plain))
+					fmt.Sprintf(" (by %s%s, was %s%s)", why.Is, within(why.IsBudget, plain), ruleText(why.Was, out.OldGrants, plain), within(why.WasBudget, plain))
 				if rule == 2 {
 					text = "From " + m.At.UTC().Format(time.RFC3339) + " on, " + text
 				}

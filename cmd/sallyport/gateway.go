@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
 
 	"sallyport.dev/controlplane/envoy"
 	"sallyport.dev/controlplane/gateway"
@@ -24,6 +25,7 @@ type edge struct {
 	controlPlaneID string
 	identity       string
 	state          string
+	budgets        budgetFlags
 	envoy          string
 	concurrency    int
 	logFormat      string
@@ -47,7 +49,8 @@ While the control plane is away it goes on with what it has.`,
 	flags.StringVar(&e.controlPlaneID, "control-plane-id", "/controlplane", "`PATH` of the control plane's SPIFFE ID, if another provider issued it")
 	flags.StringVar(&e.trustDomain, "trust-domain", "example.org", "trust domain `NAME`")
 	flags.StringVar(&e.identity, "identity", "unix://"+defaultWorkloadSocket(), "`ADDRESS` of the SDS socket of this machine's agent, as in unix:///run/sallyport/workload.sock")
-	flags.StringVar(&e.state, "state", filepath.Join(defaultState(), "gateway"), "`DIR` for what Envoy reads")
+	flags.StringVar(&e.state, "state", filepath.Join(defaultState(), "gateway"), "`DIR` for what Envoy reads, and for the counters of budgets")
+	e.budgets.add(flags)
 	envoyFlags(flags, &e.envoy, &e.concurrency)
 	logFlag(flags, &e.logFormat)
 	return cmd
@@ -95,10 +98,14 @@ func (e *edge) run(ctx context.Context, errOut io.Writer) error {
 	} else { // Envoy is patient and says nothing
 		log.Warn("no agent is there yet: the gateway serves nobody until it comes", "identity", e.identity, "error", err)
 	}
+	budgets, err := e.budgets.open(state, log)
+	if err != nil {
+		return err
+	}
 	admin := filepath.Join(state.run, "envoy.sock")
 	supervisor := &gateway.Supervisor{
 		Binary: binary, Folder: state.run, Concurrency: e.concurrency, Log: log,
-		Bootstrap: envoy.Bootstrap(segment.GatewayName(e.name), envoy.Sockets{Identity: socket, Admin: admin,
+		Bootstrap: envoy.Bootstrap(segment.GatewayName(e.name), envoy.Sockets{Identity: socket, Admin: admin, Budget: budgets.socket.Addr().String(),
 			Remote: &envoy.Remote{Address: address, ID: plane, Own: own}}),
 		Started: func(pid int) {
 			log.Info("envoy started", "gateway", e.name, "caller", own.String(), "control_plane", e.controlPlane, "identity", e.identity, "pid", pid)
@@ -110,7 +117,14 @@ func (e *edge) run(ctx context.Context, errOut io.Writer) error {
 		lastReports(admin)
 		end()
 	})()
-	err = supervisor.Run(running)
+	group, failing := errgroup.WithContext(running)
+	serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
+	budgets.serve(serving, group)
+	group.Go(func() error {
+		defer stopServing()
+		return supervisor.Run(failing)
+	})
+	err = group.Wait()
 	log.Info("stopped")
 	return err
 }

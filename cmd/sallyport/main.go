@@ -114,7 +114,7 @@ a trace that says who asked, for what, and which grant let it through or that no
 		return usage("`"+cmd.CommandPath()+" --help` lists the flags", "%w", err)
 	})
 	root.AddCommand(upCommand(), controlplaneCommand(), agentCommand(), gatewayCommand(), tokenCommand(), agentsCommand(), caCommand(), checkCommand(), testCommand(), diffCommand(), explainCommand(), renderCommand(), protocolsCommand(), statusCommand(), flowsCommand(),
-		tracesCommand(), shadowCommand(), suggestCommand(), svidCommand(), versionCommand())
+		tracesCommand(), budgetsCommand(), shadowCommand(), suggestCommand(), svidCommand(), versionCommand())
 	return root
 }
 

@@ -176,7 +176,7 @@ exit status 1 means that the verdict is another.`,
 	cmd.Flags().StringVar(&r.Caller, "caller", "", "SPIFFE `ID` of the caller, or its path in the trust domain")
 	cmd.Flags().StringVar(&endpoint, "endpoint", "", "`NAME` of the endpoint that it asks")
 	cmd.Flags().StringVar(&operation, "operation", "", "`NAME` of what it wants to do, as in Infer")
-	cmd.Flags().StringVar(&r.Resource, "resource", "", "`NAME` of the model or collection; none for Enter")
+	cmd.Flags().StringVar(&r.Resource, "resource", "", "`NAME` of the model or collection; none for Enter and for a TCP connection")
 	cmd.Flags().StringVarP(&from, "file", "f", "", "read documents from `DIR` instead of asking the running control plane")
 	cmd.Flags().StringVar(&replay, "replay", "", "decide again a `LINE` that sallyport flows -o json has written, or all lines of standard input if it is -")
 	stateFlag(cmd.Flags(), &state)
@@ -189,8 +189,8 @@ exit status 1 means that the verdict is another.`,
 func wholeRequest(r authz.Request) error {
 	all := append(segment.Operations(), segment.Discover, segment.Enter)
 	switch {
-	case r.Endpoint == "" || r.Operation == "" || r.Resource == "" && r.Operation != segment.Enter:
-		return usage("give all three of --endpoint, --operation and --resource, or none; only Enter has no resource", "part of the request is missing")
+	case r.Endpoint == "" || r.Operation == "" || r.Resource == "" && r.Operation != segment.Enter && r.Operation != segment.Connect:
+		return usage("give all three of --endpoint, --operation and --resource, or none; only Enter and TCP connections have no resource", "part of the request is missing")
 	case r.Resource != "" && r.Operation == segment.Enter:
 		return usage("leave --resource out: Enter is what a client asks before it names one", "Enter has no resource")
 	case !slices.Contains(all, r.Operation):
@@ -253,6 +253,13 @@ func writeExplanation(w io.Writer, ex authz.Explanation) error {
 	r := ex.Request
 	what := strings.TrimSpace(string(r.Operation) + " " + r.Resource) // Enter has no resource
 	fmt.Fprintf(w, "%s: %s at %s, for %s\n  decided by %s\n", verdict, what, r.Endpoint, r.Caller, ex.Decision.Rule)
+	if b := ex.Decision.Budget; !b.IsZero() {
+		whose := "of the caller's own"
+		if b.Shared {
+			whose = "of all callers of the grant together"
+		}
+		fmt.Fprintf(w, "  counted against a budget %s: %s\n", whose, b)
+	}
 	if ex.Decision.ShadowAllowed != ex.Decision.Allowed || ex.Decision.ShadowRule != ex.Decision.Rule {
 		shadow := "deny"
 		if ex.Decision.ShadowAllowed {
@@ -287,6 +294,7 @@ func writeRights(w io.Writer, caller string, rights []authz.Right) error {
 		if r.Allowed {
 			verdict = "allowed"
 		}
+		rule += within(r.Budget, plain)
 		if r.Shadow != r.Leaf {
 			rule += fmt.Sprintf(" (shadow: allowed=%t by %s)", r.Shadow.Allowed, r.Shadow.Rule)
 		}

@@ -164,10 +164,10 @@ type filter struct {
 func (f *filter) add(cmd *cobra.Command, what string) {
 	cmd.Flags().StringVar(&f.caller, "caller", "", "SPIFFE `ID`, or its beginning and a *")
 	cmd.Flags().StringVar(&f.endpoint, "endpoint", "", "`NAME` of an endpoint")
-	cmd.Flags().StringVar(&f.verdict, "verdict", "", "`VERDICT`: allowed, denied, refused or failed")
+	cmd.Flags().StringVar(&f.verdict, "verdict", "", "`VERDICT`: allowed, denied, limited, refused or failed")
 	cmd.Flags().DurationVar(&f.since, "since", 0, "how far back, a `DURATION` as in 10m")
 	cmd.Flags().IntVarP(&f.limit, "limit", "n", 0, "at most `N` "+what+"; 0: 100")
-	_ = cmd.RegisterFlagCompletionFunc("verdict", cobra.FixedCompletions([]string{"allowed", "denied", "refused", "failed"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("verdict", cobra.FixedCompletions([]string{"allowed", "denied", "limited", "refused", "failed"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
 func (f *filter) query() (url.Values, error) {
@@ -179,7 +179,7 @@ func (f *filter) query() (url.Values, error) {
 	}
 	if f.verdict != "" {
 		if _, err := telemetry.ParseVerdict(f.verdict); err != nil {
-			return nil, usage("verdicts are allowed, denied, refused and failed", "--verdict: %w", err)
+			return nil, usage("verdicts are allowed, denied, limited, refused and failed", "--verdict: %w", err)
 		}
 	}
 	if f.since < 0 || f.limit < 0 {

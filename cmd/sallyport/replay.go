@@ -45,7 +45,7 @@ func question(f *telemetry.Flow) (r authz.Request, allowed bool, why string) {
 		r.Caller = f.Caller.String()
 	}
 	switch f.Verdict {
-	case telemetry.Allowed, telemetry.Failed:
+	case telemetry.Allowed, telemetry.Failed, telemetry.Limited:
 		return r, true, ""
 	case telemetry.Denied:
 		return r, false, ""
@@ -54,9 +54,9 @@ func question(f *telemetry.Flow) (r authz.Request, allowed bool, why string) {
 }
 
 // nameless reports whether a flow may have been denied because its resource could not be resolved. That looks like a
-// request that names none, which a grant on everything allows.
+// request that names none, which a grant on everything allows. A connection has none to resolve, nor a method.
 func nameless(f *telemetry.Flow) bool {
-	return f.Verdict == telemetry.Denied && f.Rule == string(authz.DefaultDeny) && f.Resource == "" && f.Operation != segment.Enter
+	return f.Verdict == telemetry.Denied && f.Rule == string(authz.DefaultDeny) && f.Resource == "" && f.Operation != segment.Enter && (f.Operation != segment.Connect || f.Method != "")
 }
 
 // eachFlow reads flows as `sallyport flows -o json` writes them, one a line.
@@ -345,6 +345,8 @@ func decideAgain(f *telemetry.Flow, r authz.Request, in *policyInForce) decidedA
 		note("there is no endpoint %s", cmp.Or(plain(string(r.Endpoint)), "in the line"))
 	case !again.Same && nameless(f):
 		note("%s: this may be why it was denied", noNameToReplay)
+	case f.Verdict == telemetry.Limited:
+		note("a grant allowed it, and its budget did not: %s", cmp.Or(plain(f.Detail), "nobody says why"))
 	case again.Same && again.Rule != again.LoggedRule:
 		note("another grant decides")
 	}

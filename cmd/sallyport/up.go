@@ -30,6 +30,7 @@ import (
 // up is the flags of the command.
 type up struct {
 	planeFlags
+	budgets     budgetFlags
 	workload    string
 	envoy       string
 	concurrency int
@@ -54,6 +55,7 @@ Envoy ` + gateway.Version + ` is taken from --envoy or $ENVOY, else from PATH, e
 	flags := cmd.Flags()
 	u.planeFlags.add(flags)
 	u.deployment.add(flags)
+	u.budgets.add(flags)
 	flags.StringVar(&u.workload, "workload-socket", defaultWorkloadSocket(), "`PATH` of the Unix socket of the SPIFFE Workload API and SDS")
 	envoyFlags(flags, &u.envoy, &u.concurrency)
 	return cmd
@@ -101,12 +103,16 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 	if err != nil {
 		return err
 	}
+	budgets, err := u.budgets.open(p.state, log)
+	if err != nil {
+		return err
+	}
 	envoySocket := filepath.Join(p.state.run, "envoy.sock")
 	supervisor := &gateway.Supervisor{
 		Binary: binary, Folder: p.state.run, Concurrency: u.concurrency, Log: log,
 		Bootstrap: envoy.Bootstrap(own.Name, envoy.Sockets{
 			Control: controlSocket.Addr().String(), Identity: u.workload,
-			Catalog: catalogSocket.Addr().String(), Admin: envoySocket}),
+			Catalog: catalogSocket.Addr().String(), Budget: budgets.socket.Addr().String(), Admin: envoySocket}),
 	}
 	about := operator.About{Listen: u.deployment.listen, Workload: u.workload, OTLP: u.otlp}
 	return p.run(ctx, about, func(group *errgroup.Group, ctx, serving context.Context, stopServing func()) error {
@@ -122,6 +128,7 @@ func (u *up) run(ctx context.Context, errOut io.Writer) error {
 		p.reports(control)
 		serveGRPC(serving, group, control, controlSocket)
 		serveHTTP(serving, group, askedBy(own.Name, p.lists), catalogSocket)
+		budgets.serve(serving, group)
 
 		group.Go(func() error {
 			defer stopServing()

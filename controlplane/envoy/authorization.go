@@ -74,13 +74,11 @@ func (r *Resources) authorization(e *segment.Endpoint, policy *authz.Endpoint, n
 	if policy == nil {
 		policy = &authz.Endpoint{}
 	}
-	all := membersOf(policy)
-	r.members[e.Name] = all
-	f := form{classes: r.limits.useClasses(policy, all)}
-	if !f.classes && weight(all) > r.limits.shard {
-		f.shards = r.limits.cut(all)
+	all, f := r.arranged(e.Name, policy)
+	r.members[e.Name], r.forms[e.Name] = all, f
+	if e.Protocol == segment.TCP {
+		return r.connection(e, policy)
 	}
-	r.forms[e.Name] = f
 	from := origin{members: all, shadowed: policy.Shadowed, classes: f.classes}
 	callers := origin{tokens: e.Tokens != nil}
 	var extensions []*corev3.TypedExtensionConfig
@@ -117,7 +115,12 @@ type origin struct {
 }
 
 func (o origin) equal(other origin) bool {
-	return o.shadowed == other.shadowed && o.classes == other.classes && o.tokens == other.tokens && slices.Equal(o.members, other.members)
+	return o.shadowed == other.shadowed && o.classes == other.classes && o.tokens == other.tokens && sameMembers(o.members, other.members)
+}
+
+// sameMembers is slices.Equal, which does not look at a list that is the very same.
+func sameMembers(a, b []member) bool {
+	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0] || slices.Equal(a, b))
 }
 
 type made struct {
@@ -138,28 +141,16 @@ func (r *Resources) extension(name string, from origin, make func() proto.Messag
 	return r.made[name].it
 }
 
-// useClasses decides by size alone.
-func (l limits) useClasses(policy *authz.Endpoint, members []member) bool {
-	written, classed := weight(members), 0
+// useClasses decides by size alone: how many leaves there are if they are written out for each caller.
+func (l limits) useClasses(policy *authz.Endpoint, written int) bool {
 	if written <= l.writtenOut {
 		return false
 	}
+	classed := 0
 	for _, class := range policy.Classes {
-		classed += leaves(class)
+		classed += class.Leaves()
 	}
 	return classed*l.saves < written
-}
-
-// leaves is the size of the larger of a class's two matchers: a shadow folder may say more than what is enforced.
-func leaves(c *authz.Class) int {
-	enforced, shadow := 0, 0
-	for _, table := range c.Enforced {
-		enforced += table.Len()
-	}
-	for _, table := range c.Shadow {
-		shadow += table.Len()
-	}
-	return max(enforced, shadow)
 }
 
 // members is the filter that sets the class.
@@ -291,7 +282,7 @@ func decide(leaf authz.Leaf) *matcherv3.Matcher_OnMatch {
 	if leaf.Allowed {
 		action = rbacconfigv3.RBAC_ALLOW
 	}
-	return act("decide", &rbacconfigv3.Action{Name: string(leaf.Rule), Action: action})
+	return act("decide", &rbacconfigv3.Action{Name: ruleText(leaf), Action: action})
 }
 
 // runFilter is the end of the way in a composite filter: run this filter.

@@ -23,6 +23,7 @@ type Sockets struct {
 	Control  string // ADS, access logs, traces
 	Identity string // SDS
 	Catalog  string
+	Budget   string // external authorization and access logs, on this machine in any case
 	Admin    string // Envoy's own administration, which it opens itself
 	// Remote is where the control plane is instead of Control and Catalog, if it is on another machine.
 	Remote *Remote
@@ -65,6 +66,7 @@ func Bootstrap(gateway segment.GatewayName, sockets Sockets) *bootstrapv3.Bootst
 			sockets.cluster(ControlCluster, sockets.Control, true),
 			planeCluster(IdentityCluster, sockets.Identity, true),
 			sockets.cluster(CatalogCluster, sockets.Catalog, true),
+			planeCluster(BudgetCluster, sockets.Budget, true),
 		}},
 		OverloadManager: &overloadv3.OverloadManager{
 			ResourceMonitors: []*overloadv3.ResourceMonitor{

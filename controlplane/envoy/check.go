@@ -11,6 +11,7 @@ import (
 	xdscorev3 "github.com/cncf/xds/go/xds/core/v3"
 	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	rbacconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/rbac/v3"
@@ -22,6 +23,7 @@ import (
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
@@ -35,7 +37,9 @@ import (
 // Check reads what was lowered once more, knowing nothing of how it came about, and returns everything that would
 // open something or break something. What does not pass is never published.
 //
-// Extensions and routes that are also in resources that have passed are not read again.
+// What is also in resources that have passed is not read again: it is the same pointer, nothing is changed once it was
+// lowered, and what an extension has to be follows from itself alone. Of a route it is read again where it leads. What a
+// listener has to be follows from it and from what else there is by which name, so it is read again unless that is the same.
 func Check(r *Resources, passed ...*Resources) error {
 	c := &checker{
 		clusters:    map[string]bool{CatalogCluster: true},
@@ -82,8 +86,13 @@ func Check(r *Resources, passed ...*Resources) error {
 		}
 		c.opened = map[string]map[string]proto.Message{}
 		c.everywhere(held)
-		if parts := strings.SplitN(x.Name, "/", 4); len(parts) > 2 && parts[2] == "rights" {
-			c.rights(held)
+		if parts := strings.SplitN(x.Name, "/", 4); len(parts) > 2 {
+			switch parts[2] {
+			case "rights":
+				c.rights(held)
+			case "connect":
+				c.connects(held, len(parts) > 3)
+			}
 		}
 		if strings.HasPrefix(x.Name, TokensName("")) {
 			c.verifies(held)
@@ -91,9 +100,18 @@ func Check(r *Resources, passed ...*Resources) error {
 	}
 	c.opened = nil
 	for _, x := range r.Listeners {
-		c.listener(x)
+		if !slices.ContainsFunc(passed, func(p *Resources) bool { return slices.Contains(p.Listeners, x) && sameNames(r, p) }) {
+			c.listener(x)
+		}
 	}
 	return errors.Join(c.found...)
+}
+
+// sameNames reports whether all that listeners refer to is there by the same names.
+func sameNames(a, b *Resources) bool {
+	return slices.EqualFunc(a.Extensions, b.Extensions, func(x, y *corev3.TypedExtensionConfig) bool { return x.Name == y.Name }) &&
+		slices.EqualFunc(a.Routes, b.Routes, func(x, y *routev3.RouteConfiguration) bool { return x.Name == y.Name }) &&
+		slices.EqualFunc(a.Clusters, b.Clusters, func(x, y *clusterv3.Cluster) bool { return x.Name == y.Name })
 }
 
 type checker struct {
@@ -165,6 +183,7 @@ func (c *checker) endless(x *routev3.Route) {
 		return
 	}
 	words := strings.Fields(context.GetFilterContext().GetFields()["from"].GetStringValue())
+	c.rpc(x, words, context.GetFilterContext())
 	if off == nil && upgrades == nil && !slices.Contains(words, wordEndless) {
 		return
 	}
@@ -212,6 +231,13 @@ func (c *checker) listener(x *listenerv3.Listener) {
 			taken[name] = chain.Name
 		}
 		tokens := c.downstream(chain.TransportSocket.GetTypedConfig())
+		if n := len(chain.Filters); n > 0 && chain.Filters[n-1].GetTypedConfig().MessageIs(&tcpproxyv3.TcpProxy{}) {
+			if !tokens.IsZero() {
+				c.wrong("requires no client certificate, and nobody asks for tokens")
+			}
+			c.connection(chain)
+			continue
+		}
 		if len(chain.Filters) != 1 {
 			c.wrong("has %d network filters, not one", len(chain.Filters))
 			continue
@@ -274,19 +300,22 @@ func (c *checker) downstream(socket *anypb.Any) (tokens spiffeid.TrustDomain) {
 }
 
 // filters demands: every discovered filter exists and denies while it is missing, rights come after all that
-// prepare the question, in its order, and directly before the router, which comes last.
+// prepare the question, in its order, and before the budget and the router, which come last.
 func (c *checker) filters(endpoint segment.EndpointName, own spiffeid.TrustDomain, filters []*hcmv3.HttpFilter) {
 	n, tokens := len(filters), !own.IsZero()
 	members, rights := MembersName(endpoint)+told(tokens), RightsName(endpoint)
 	if classes := ClassesName(endpoint) + told(tokens); c.extensions[classes] {
 		members, rights = classes, ClassRightsName(endpoint)
 	}
-	if n < 2 || !filters[n-1].GetTypedConfig().MessageIs(&routerv3.Router{}) || filters[n-2].Name != rights {
-		c.wrong("does not decide directly before it forwards")
-	} else if filters[n-2].GetConfigDiscovery() == nil {
-		c.chooses(endpoint, tokens, filters[n-2].GetTypedConfig())
+	if n < 3 || !filters[n-1].GetTypedConfig().MessageIs(&routerv3.Router{}) || filters[n-3].Name != rights {
+		c.wrong("does not decide directly before it counts and forwards")
+	} else if filters[n-3].GetConfigDiscovery() == nil {
+		c.chooses(endpoint, tokens, filters[n-3].GetTypedConfig())
 	}
-	order := []string{bodyFilter, extractFilter, judgedFilter, members, questionFilter, rights, routerFilter}
+	if n >= 2 && !proto.Equal(filters[n-2].GetTypedConfig(), pack(budgeted())) {
+		c.wrong("does not ask whether a request is within its budget")
+	}
+	order := []string{bodyFilter, extractFilter, judgedFilter, members, questionFilter, rights, budgetFilter, routerFilter}
 	if c.extensions[NamesName(endpoint)] {
 		order = slices.Insert(order, 4, NamesName(endpoint))
 	}

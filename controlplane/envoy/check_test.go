@@ -247,10 +247,21 @@ var mutations = []mutation{
 	{"extension missing", func(v victim) { v.Extensions = v.Extensions[1:] }},
 	{"no filter", func(v victim) { v.filters(func([]*hcmv3.HttpFilter) []*hcmv3.HttpFilter { return nil }) }},
 	{"no rights", func(v victim) {
+		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { return append(f[:len(f)-3], f[len(f)-2:]...) })
+	}},
+	{"nobody counts", func(v victim) {
 		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { return append(f[:len(f)-2], f[len(f)-1]) })
 	}},
+	{"what can't be counted passes", func(v victim) {
+		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter {
+			open := budgeted()
+			open.FailureModeAllow = true
+			f[len(f)-2] = filter(budgetFilter, open)
+			return f
+		})
+	}},
 	{"rights of another endpoint", func(v victim) {
-		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { f[len(f)-2].Name = RightsName("docs"); return f })
+		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { f[len(f)-3].Name = RightsName("docs"); return f })
 	}},
 	{"nothing looks into the request", func(v victim) {
 		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { return append(f[:1:1], f[2:]...) })
@@ -261,7 +272,7 @@ var mutations = []mutation{
 	{"rights before the question", func(v victim) {
 		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter {
 			n := len(f)
-			f[n-2], f[n-3] = f[n-3], f[n-2]
+			f[n-3], f[n-4] = f[n-4], f[n-3]
 			return f
 		})
 	}},
@@ -284,43 +295,43 @@ var mutations = []mutation{
 	}},
 	{"rights inline", func(v victim) {
 		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter {
-			f[len(f)-2] = filter(RightsName("chat"), &rbacv3.RBAC{Rules: &rbacconfigv3.RBAC{}})
+			f[len(f)-3] = filter(RightsName("chat"), &rbacv3.RBAC{Rules: &rbacconfigv3.RBAC{}})
 			return f
 		})
 	}},
 	{"filter optional", func(v victim) {
-		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { f[len(f)-2].IsOptional = true; return f })
+		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { f[len(f)-3].IsOptional = true; return f })
 	}},
 	{"filter disabled", func(v victim) {
 		v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter { f[1].Disabled = true; return f })
 	}},
-	{"default missing", func(v victim) { v.discovery(2, func(d *corev3.ExtensionConfigSource) { d.DefaultConfig = nil }) }},
-	{"default of members missing", func(v victim) { v.discovery(4, func(d *corev3.ExtensionConfigSource) { d.DefaultConfig = nil }) }},
+	{"default missing", func(v victim) { v.discovery(3, func(d *corev3.ExtensionConfigSource) { d.DefaultConfig = nil }) }},
+	{"default of members missing", func(v victim) { v.discovery(5, func(d *corev3.ExtensionConfigSource) { d.DefaultConfig = nil }) }},
 	{"default without rules", func(v victim) {
-		v.discovery(2, func(d *corev3.ExtensionConfigSource) { d.DefaultConfig = pack(&rbacv3.RBAC{}) })
+		v.discovery(3, func(d *corev3.ExtensionConfigSource) { d.DefaultConfig = pack(&rbacv3.RBAC{}) })
 	}},
 	{"default that denies nothing", func(v victim) {
-		v.discovery(2, func(d *corev3.ExtensionConfigSource) {
+		v.discovery(3, func(d *corev3.ExtensionConfigSource) {
 			d.DefaultConfig = pack(&rbacv3.RBAC{Rules: &rbacconfigv3.RBAC{Action: rbacconfigv3.RBAC_DENY}})
 		})
 	}},
 	{"default that only logs", func(v victim) {
-		v.discovery(2, func(d *corev3.ExtensionConfigSource) {
+		v.discovery(3, func(d *corev3.ExtensionConfigSource) {
 			d.DefaultConfig = pack(&rbacv3.RBAC{Rules: &rbacconfigv3.RBAC{Action: rbacconfigv3.RBAC_LOG}})
 		})
 	}},
 	{"default that allows something", func(v victim) {
-		v.discovery(2, func(d *corev3.ExtensionConfigSource) {
+		v.discovery(3, func(d *corev3.ExtensionConfigSource) {
 			d.DefaultConfig = pack(&rbacv3.RBAC{Rules: &rbacconfigv3.RBAC{Policies: map[string]*rbacconfigv3.Policy{"p": {}}}})
 		})
 	}},
 	{"default with a matcher that allows", func(v victim) {
-		v.discovery(2, func(d *corev3.ExtensionConfigSource) {
+		v.discovery(3, func(d *corev3.ExtensionConfigSource) {
 			d.DefaultConfig = pack(&rbacv3.RBAC{Rules: &rbacconfigv3.RBAC{}, Matcher: &matcherv3.Matcher{OnNoMatch: verdict(rbacconfigv3.RBAC_ALLOW, "grant/x")}})
 		})
 	}},
 	{"default that is another filter", func(v victim) {
-		v.discovery(2, func(d *corev3.ExtensionConfigSource) { d.DefaultConfig = pack(setState()) })
+		v.discovery(3, func(d *corev3.ExtensionConfigSource) { d.DefaultConfig = pack(setState()) })
 	}},
 
 	// What is decided.
@@ -472,7 +483,7 @@ var shards = []mutation{
 
 func (v victim) choice(change func(*matcherv3.Matcher)) {
 	v.filters(func(f []*hcmv3.HttpFilter) []*hcmv3.HttpFilter {
-		edit(v, f[len(f)-2].GetTypedConfig(), func(x *commonmatchingv3.ExtensionWithMatcher) { change(x.XdsMatcher) })
+		edit(v, f[len(f)-3].GetTypedConfig(), func(x *commonmatchingv3.ExtensionWithMatcher) { change(x.XdsMatcher) })
 		return f
 	})
 }

@@ -80,6 +80,9 @@ func pooled(e *segment.Endpoint, name string, members []segment.BackendName, g s
 			MaxConnections: atOnce(), MaxPendingRequests: atOnce(), MaxRequests: atOnce()}}},
 	}
 	var alpn []string
+	if e.Protocol == segment.TCP {
+		alpn = tcpProtocols
+	}
 	if grpc {
 		cluster.TypedExtensionProtocolOptions = http2(&corev3.Http2ProtocolOptions{})
 		alpn = []string{"h2"}

@@ -40,6 +40,7 @@ type Resources struct {
 	earlier  []*Resources
 	made     map[string]made // extensions, and what they are made of
 	tables   map[segment.EndpointName]*table
+	choices  map[segment.EndpointName]chosen
 	versions map[proto.Message]string
 }
 
@@ -57,6 +58,7 @@ const (
 	ControlCluster  = "sallyport/control"  // gRPC: ADS, access logs, traces
 	IdentityCluster = "sallyport/identity" // gRPC: SDS
 	CatalogCluster  = "sallyport/catalog"  // HTTP: the catalogue
+	BudgetCluster   = "sallyport/budget"   // gRPC: the gate, which is on the gateway's own machine
 )
 
 // validationSecret is the bundles of every trust domain, for the SPIFFE validator, under the name that SPIRE's agent
@@ -74,10 +76,12 @@ func Lower(cfg *segment.Config, policy *authz.Policy, learned Learned, earlier .
 
 func lower(l limits, cfg *segment.Config, policy *authz.Policy, learned Learned, earlier ...*Resources) *Resources {
 	r := &Resources{policy: policy, limits: l, members: map[segment.EndpointName][]member{}, forms: map[segment.EndpointName]form{}, earlier: earlier, made: map[string]made{},
-		tables: map[segment.EndpointName]*table{}}
+		tables: map[segment.EndpointName]*table{}, choices: map[segment.EndpointName]chosen{}}
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
-		r.Routes = append(r.Routes, r.table(e).routes)
+		if e.Protocol != segment.TCP {
+			r.Routes = append(r.Routes, r.table(e).routes)
+		}
 		r.Extensions = append(r.Extensions, r.authorization(e, policy.Endpoints[e.Name], learned.Names[e.Name])...)
 		if e.Tokens != nil {
 			r.Extensions = append(r.Extensions, extension(TokensName(e.Name), verifier(cfg, e, learned.Keys)))
@@ -87,7 +91,7 @@ func lower(l limits, cfg *segment.Config, policy *authz.Policy, learned Learned,
 		r.Assignments = append(r.Assignments, assignments...)
 	}
 	if len(cfg.Endpoints) > 0 {
-		r.Listeners = []*listenerv3.Listener{listener(cfg, r)}
+		r.Listeners = []*listenerv3.Listener{r.same(listener(cfg, r))}
 	}
 	slices.SortFunc(r.Extensions, byName)
 	slices.SortFunc(r.Clusters, byName)
@@ -122,6 +126,19 @@ func (r *Resources) Version(m proto.Message) string {
 	}
 	sum := sha256.Sum256(pack(m).Value)
 	return hex.EncodeToString(sum[:])
+}
+
+// same returns the listener of earlier resources that holds the same, else this one.
+func (r *Resources) same(l *listenerv3.Listener) *listenerv3.Listener {
+	version := r.Version(l)
+	for _, e := range r.earlier {
+		for _, before := range e.Listeners {
+			if e.versions[before] == version {
+				return before
+			}
+		}
+	}
+	return l
 }
 
 // remember keeps the versions of all resources; those that earlier ones share are not read again.

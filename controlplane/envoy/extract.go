@@ -24,8 +24,12 @@ import (
 //	named     what it names nevertheless, for the choice of a backend and for whoever reads the log
 //	resolved  "=", once everything about the request has been judged and the name is known
 //	refused   or why it can't be judged
+//	rpc_id, rpc_error   what an answer in JSON-RPC repeats of the request, and what it says of it instead of all else (mcp.go)
 //	caller, ends   at endpoints that take tokens: who asks, and until when that holds, in seconds (tokens.go)
+//	max_output, answers   how many tokens an answer may have, if the request says so in a way that nobody reads otherwise; and how
+//	          many answers it asks for, if that is known
 //	input_tokens, output_tokens   usage, as the answer tells it
+//	events, smallest_event   if tokens are counted: of an answer that is a stream
 //
 // The script of an endpoint is put together from pieces: what its routes have no use for is not there. Whoever replaces the
 // stage replaces this file and the scripts; all that follows reads the same.
@@ -51,12 +55,15 @@ var (
 	queryScript string
 	//go:embed grpc.lua
 	grpcScript string
+	//go:embed mcp.lua
+	mcpScript string
 
 	readers = []reader{
-		{[]string{"body"}, &jsonScript},
+		{[]string{"body", wordRPC}, &jsonScript},
 		{[]string{"path", "id", "whole", "method"}, &pathScript},
 		{[]string{"query"}, &queryScript},
 		{[]string{"message"}, &grpcScript},
+		{[]string{wordRPC}, &mcpScript}, // with that for JSON
 	}
 )
 
@@ -67,7 +74,7 @@ const (
 )
 
 // bodyReaders are the functions that wait for the end of the body.
-var bodyReaders = []string{"body", "message"}
+var bodyReaders = []string{"body", "message", wordRPC}
 
 // extractor is the filter.
 func extractor(e *segment.Endpoint) proto.Message {
@@ -152,6 +159,10 @@ func (l *lookout) context() *structpb.Struct {
 func extraction(e *segment.Endpoint, r segment.Route) *lookout {
 	l := &lookout{fields: map[string]*structpb.Value{}}
 	var keys, parameters, fields []string
+	if r.MCP != "" {
+		l.rpc(r)
+		return l
+	}
 	switch s := r.Resource; {
 	case s == segment.NoResource, s == segment.Everything:
 		l.words = []string{"nothing"}
@@ -203,6 +214,7 @@ func extraction(e *segment.Endpoint, r segment.Route) *lookout {
 	for _, depth := range slices.Sorted(maps.Keys(r.SameAt)) {
 		keys = append(keys, keysAs("same", depth, r.SameAt[depth]))
 	}
+	keys = append(keys, bounds(e.Protocol, r)...)
 	for _, more := range []struct {
 		word, key string
 		what      []string

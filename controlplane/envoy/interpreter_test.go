@@ -93,21 +93,27 @@ func (q *request) run(r *Resources, config *anypb.Any) {
 			}
 		}
 	case *rbacv3.RBAC:
-		q.decided.Allowed, q.decided.Rule = q.verdict(f.Matcher)
-		q.decided.ShadowAllowed, q.decided.ShadowRule = q.decided.Allowed, q.decided.Rule
+		said := q.verdict(f.Matcher)
+		q.decided = authz.Decision{Allowed: said.Allowed, Rule: said.Rule, Budget: said.Budget, ShadowAllowed: said.Allowed, ShadowRule: said.Rule}
 		if f.ShadowMatcher != nil {
-			q.decided.ShadowAllowed, q.decided.ShadowRule = q.verdict(f.ShadowMatcher)
+			said = q.verdict(f.ShadowMatcher)
+			q.decided.ShadowAllowed, q.decided.ShadowRule = said.Allowed, said.Rule
 		}
 	}
 }
 
-func (q *request) verdict(m *matcherv3.Matcher) (bool, authz.Rule) {
+func (q *request) verdict(m *matcherv3.Matcher) authz.Leaf {
 	action := q.match(m)
 	if action == nil {
-		return false, "" // denied, and nobody knows why
+		return authz.Leaf{} // denied, and nobody knows why
 	}
 	a := q.open(action.TypedConfig).(*rbacconfigv3.Action)
-	return a.Action != rbacconfigv3.RBAC_DENY, authz.Rule(a.Name) // LOG allows, too
+	rule, text, counted := strings.Cut(a.Name, " ")
+	b, err := segment.ParseBudget(text)
+	if counted && err != nil {
+		q.t.Error(err)
+	}
+	return authz.Leaf{Allowed: a.Action != rbacconfigv3.RBAC_DENY, Rule: authz.Rule(rule), Budget: b} // LOG allows, too
 }
 
 func (q *request) match(m *matcherv3.Matcher) *xdscorev3.TypedExtensionConfig {

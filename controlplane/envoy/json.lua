@@ -93,7 +93,7 @@ end
 -- What may come next.
 local VALUE, FIRST_VALUE, KEY, FIRST_KEY, NEXT, NOTHING = 1, 2, 3, 4, 5, 6
 
--- What a route says of keys: name=model own=dbName also=file_id also3=model same1=model, where a number is the one depth
+-- What a route says of keys: name=model own=dbName also=file_id also3=model same1=model most1=max_tokens, where a number is the one depth
 -- at which they count.
 local keys_of = memo(function(text)
   local keys = { any = {}, at = {}, maybe = {} }
@@ -107,7 +107,7 @@ local keys_of = memo(function(text)
     end
     local first = true
     for key in gmatch(list, "[^,]+") do
-      into[lower(key)], first = { what = what, key = key, first = first }, false
+      into[lower(key)], first = into[lower(key)] or { what = what, key = key, first = first }, false
       keys.maybe[#key * 256 + bor(byte(key), 32)] = true
     end
     if what == "name" then keys.name = list end
@@ -126,6 +126,39 @@ local function folded(key)
   return lower(gsub(gsub(key, "\197\191", "s"), "\226\132\170", "k"))
 end
 
+-- What a request says of the length of its answers: `most` is the largest of all that it says, `stated` is whether the
+-- backend is bound by it, `answers` is how many it asks for, `odd` is whether some reader could understand all that otherwise.
+local LARGEST = 2 ^ 50
+local bounds = { most = true, more = true, times = true, each = true }
+
+-- Takes down what stands at s[i], behind a key that says something of it, at that depth.
+local function take(asked, known, key, s, i, depth)
+  local what = known.what
+  if what == "each" then -- one answer, or more, for each element of a list; not if it is one of tokens, nor one of messages
+    local first = match(s, "^%[%s*([%[{\"])", i)
+    if first and (first ~= "{" or known.key == "prompt") then asked.list, asked.elements = depth + 1, 1 end
+    return
+  end
+  if find(s, "^null", i) then return end
+  local n = match(s, "^(%d+)%s*[,}]", i)
+  n = n and math.min(tonumber(n), LARGEST)
+  if not n or n < 1 then
+    asked.odd = true
+  elseif what == "times" then
+    asked.answers = math.min(asked.answers * n, LARGEST)
+  else
+    asked.most = math.max(asked.most or 0, n)
+    asked.stated = asked.stated or what == "most" and key == known.key
+  end
+end
+
+-- Says it to whoever counts tokens.
+local function tell(asked, handle)
+  local found = handle:streamInfo():dynamicMetadata()
+  if asked.stated and not asked.odd then found:set(SPACE, "max_output", asked.most) end
+  if asked.answers > 1 then found:set(SPACE, "answers", asked.answers) end
+end
+
 -- Returns the string at s[i], or nil and what is wrong with it.
 local function read_string(s, p, i, n, key)
   if not i or byte(s, i) ~= 34 then return nil, '"' .. key .. '" that is not a string' end
@@ -137,8 +170,8 @@ end
 
 -- Returns the string at the key that the name has in the object that s is, or the name that is known already, and what is
 -- asked for besides, nil, and whether it names DATABASE; or nil, nil and what is wrong with s. A name that is there again may
--- have `before` before it.
-local function read_object(s, keys, name, before)
+-- have `before` before it. What is said of the answers goes into `asked`.
+local function read_object(s, keys, name, before, asked)
   local n = #s
   local p = ffi.cast("const uint8_t*", s)
   local any, at, maybe = keys.any, keys.at, keys.maybe
@@ -183,6 +216,8 @@ local function read_object(s, keys, name, before)
             if not text then return nil, nil, why end
             if text ~= "" and text ~= DATABASE then return nil, nil, ANOTHER end
             if known.first then owned = text ~= "" end
+          elseif bounds[what] then
+            take(asked, known, key, s, value or n + 1, depth)
           elseif what then
             if found then return nil, nil, 'more than one "' .. known.key .. '"' end
             if key ~= known.key then return nil, nil, '"' .. key .. '" in place of "' .. known.key .. '"' end
@@ -202,7 +237,11 @@ local function read_object(s, keys, name, before)
       local object = inside[depth]
       if c == 44 then
         expect = object and KEY or VALUE
+        if depth == asked.list then asked.elements = asked.elements + 1 end
       elseif c == (object and 125 or 93) then
+        if depth == asked.list then
+          asked.answers, asked.list = math.min(asked.answers * asked.elements, LARGEST), nil
+        end
         depth = depth - 1
         if depth == 0 then expect = NOTHING end
       else
@@ -249,7 +288,10 @@ function readers.body(handle, wants, name)
   if why then return nil, nil, why end
   local keys, before = keys_of(wants:get("keys")), wants:get("before")
   local body = handle:body() -- the script may rest here
-  if not body then return read_object("", keys, name, before) end
-  return read_object(body:getBytes(0, body:length()), keys, name, before)
+  local asked = { answers = 1 }
+  local found, beyond, owned
+  found, beyond, why, owned = read_object(body and body:getBytes(0, body:length()) or "", keys, name, before, asked)
+  if asked.stated or asked.answers > 1 then tell(asked, handle) end
+  return found, beyond, why, owned
 end
 

@@ -51,16 +51,22 @@ func listener(cfg *segment.Config, r *Resources) *listenerv3.Listener {
 	}
 	for i := range cfg.Endpoints {
 		e := &cfg.Endpoints[i]
-		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{
+		chain := &listenerv3.FilterChain{
 			Name:                          string(e.Name),
 			FilterChainMatch:              &listenerv3.FilterChainMatch{ServerNames: e.Hostnames},
-			TransportSocket:               downstreamTLS(cfg.Gateway, e.Tokens != nil),
 			TransportSocketConnectTimeout: durationpb.New(10 * time.Second),
-			Filters: []*listenerv3.Filter{{
+		}
+		if e.Protocol == segment.TCP {
+			chain.TransportSocket = downstreamTLS(cfg.Gateway, false, tcpProtocols...)
+			chain.Filters = connectionFilters(e, cfg.Gateway)
+		} else {
+			chain.TransportSocket = downstreamTLS(cfg.Gateway, e.Tokens != nil, "h2", "http/1.1")
+			chain.Filters = []*listenerv3.Filter{{
 				Name:       "http",
 				ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: pack(connectionManager(e, cfg.Gateway, r))},
-			}},
-		})
+			}}
+		}
+		l.FilterChains = append(l.FilterChains, chain)
 	}
 	return l
 }
@@ -69,10 +75,10 @@ func listener(cfg *segment.Config, r *Resources) *listenerv3.Listener {
 // would skip the validation. Where there are tokens, there need not be a certificate; one that comes must be good. Both the
 // SPIFFE validator and a matcher of names would demand one nevertheless, so there it is the authorities of the own trust
 // domain alone that count, and the caller stage looks at the name.
-func downstreamTLS(g segment.Gateway, tokens bool) *corev3.TransportSocket {
+func downstreamTLS(g segment.Gateway, tokens bool, protocols ...string) *corev3.TransportSocket {
 	common := &tlsv3.CommonTlsContext{
 		TlsParams:                      &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
-		AlpnProtocols:                  []string{"h2", "http/1.1"},
+		AlpnProtocols:                  protocols,
 		TlsCertificateSdsSecretConfigs: []*tlsv3.SdsSecretConfig{secret(g.ID.String())},
 	}
 	validation := validationSecret
@@ -102,7 +108,7 @@ func connectionManager(e *segment.Endpoint, g segment.Gateway, r *Resources) *hc
 		HttpFilters:      filters(e, g, r),
 		LocalReplyConfig: localReplies(e),
 		Tracing:          tracing(e),
-		AccessLog:        requests(e),
+		AccessLog:        append(requests(e), settlements()),
 
 		// One reading of a path, for us and for the backend.
 		NormalizePath:                wrapperspb.Bool(true),
@@ -154,7 +160,7 @@ func filters(e *segment.Endpoint, g segment.Gateway, r *Resources) []*hcmv3.Http
 	case form.classes:
 		members, rights = discovered(ClassesName(e.Name)+told(tokens), typeURL(&commonmatchingv3.ExtensionWithMatcher{})), discovered(ClassRightsName(e.Name))
 	case form.shards != nil:
-		rights = filter(RightsName(e.Name), choice(e.Name, form.shards, tokens))
+		rights = r.choice(e.Name, form.shards, tokens)
 	}
 	var list []*hcmv3.HttpFilter
 	if tokens { // a stranger's body is not read
@@ -172,6 +178,7 @@ func filters(e *segment.Endpoint, g segment.Gateway, r *Resources) []*hcmv3.Http
 	return append(list,
 		filter(questionFilter, question(e)),
 		rights,
+		filter(budgetFilter, budgeted()),
 		filter(routerFilter, &routerv3.Router{SuppressEnvoyHeaders: true}),
 	)
 }

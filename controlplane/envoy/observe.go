@@ -137,8 +137,15 @@ func requests(e *segment.Endpoint) []*accesslogv3.AccessLog {
 	return []*accesslogv3.AccessLog{accessLog("requests", &grpclogv3.HttpGrpcAccessLogConfig{CommonConfig: common})}
 }
 
+// connects logs every connection to an endpoint of protocol TCP, when it ends.
+func connects(e *segment.Endpoint) []*accesslogv3.AccessLog {
+	common := logTo("connects")
+	common.CustomTags = []*tagv3.CustomTag{tag("endpoint", string(e.Name)), tag("operation", string(segment.Connect))}
+	return []*accesslogv3.AccessLog{accessLog("connects", &grpclogv3.TcpGrpcAccessLogConfig{CommonConfig: common})}
+}
+
 // connections logs every connection when it ends, because only then is it known whether it got through TLS. Those that
-// did are seen by their requests, and their entries are skipped where they are received.
+// did are seen by their requests, or by what connects logs, and their entries are skipped where they are received.
 func connections() []*accesslogv3.AccessLog {
 	return []*accesslogv3.AccessLog{accessLog("connections", &grpclogv3.TcpGrpcAccessLogConfig{CommonConfig: logTo("connections")})}
 }

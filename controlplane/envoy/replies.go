@@ -30,7 +30,8 @@ type reply struct {
 const (
 	detail     = "%LOCAL_REPLY_BODY%"
 	requestID  = "%REQ(X-REQUEST-ID)%"
-	callerHere = "CALLER" // replaced by how the endpoint knows its callers
+	callerHere = "CALLER"             // replaced by how the endpoint knows its callers
+	uncounted  = "budget_unavailable" // the code where there is no answer of the backend, nor of the gate
 )
 
 // A denial repeats the name that the caller gave, or says what it gave besides. It does not tell the name behind a UUID, nor
@@ -44,6 +45,8 @@ var replies = []reply{
 	{404, 12, "invalid_request_error", "not_found", "not_found_error", "NOT_FOUND", "NotFoundError", "nothing here serves this"},
 	{408, 4, "invalid_request_error", "request_timeout", "timeout_error", "DEADLINE_EXCEEDED", "InvalidArgumentError", "the request took too long to arrive"},
 	{413, 8, "invalid_request_error", "request_too_large", "request_too_large", "INVALID_ARGUMENT", "InvalidArgumentError", "the request body is larger than this gateway reads"},
+	{429, 8, "rate_limit_error", "rate_limit_exceeded", "rate_limit_error", "RESOURCE_EXHAUSTED", "RateLimitError", detail},
+	{503, 14, "api_error", uncounted, "api_error", "UNAVAILABLE", "InternalError", "the budget of this request can't be counted just now"},
 	{503, 14, "api_error", "backend_unavailable", "api_error", "UNAVAILABLE", "InternalError", "the backend can't be reached"},
 	{504, 14, "api_error", "backend_timeout", "timeout_error", "DEADLINE_EXCEEDED", "InternalError", "the backend did not answer while the caller's certificate or token was valid"},
 	{0, 0, "api_error", "gateway_error", "api_error", "INTERNAL", "InternalError", "%RESPONSE_CODE_DETAILS%"},
@@ -52,7 +55,7 @@ var replies = []reply{
 // ErrorReply is the JSON that a client of the protocol takes for an error, with the same words as a gateway's own.
 func ErrorReply(p segment.Protocol, status int, message, requestID string) map[string]any {
 	for _, r := range replies {
-		if int(r.status) == status || r.status == 0 {
+		if r.code != uncounted && (int(r.status) == status || r.status == 0) {
 			r.status = uint32(status)
 			return r.body(p, message, requestID)
 		}
@@ -75,6 +78,8 @@ func (r *reply) body(p segment.Protocol, message, requestID string) map[string]a
 		return map[string]any{"error": []any{map[string]any{"message": withID}}}
 	case segment.Milvus:
 		return map[string]any{"code": r.number(), "message": withID}
+	case segment.MCP:
+		return r.rpcError(message, requestID)
 	case segment.HTTP, segment.GRPC, segment.TCP: // RFC 9457, section 3
 		return map[string]any{"title": strings.ReplaceAll(r.code, "_", " "), "status": r.number(), "detail": message, "request_id": requestID}
 	}
@@ -96,7 +101,14 @@ func localReplies(e *segment.Endpoint) *hcmv3.LocalReplyConfig {
 			config.Mappers = append(config.Mappers, r.overGRPC(e))
 		}
 	}
+	if e.Protocol == segment.MCP {
+		config.Mappers = append(config.Mappers, rpcRefusals())
+	}
 	for _, r := range replies {
+		if e.Protocol == segment.MCP {
+			config.Mappers = append(config.Mappers, r.rpcTold(e), r.rpcUntold(e))
+			continue
+		}
 		body, err := structpb.NewStruct(r.body(e.Protocol, r.said(e), requestID))
 		if err != nil {
 			panic("encode reply: " + err.Error()) // constants only
@@ -111,7 +123,7 @@ func localReplies(e *segment.Endpoint) *hcmv3.LocalReplyConfig {
 		if r.status == 0 {
 			config.BodyFormat = format
 		}
-		mapper := &hcmv3.ResponseMapper{Filter: whenStatus(r.status), BodyFormatOverride: format}
+		mapper := &hcmv3.ResponseMapper{Filter: r.when(), BodyFormatOverride: format}
 		if e.Protocol == segment.Anthropic { // where its SDKs look for it
 			mapper.HeadersToAdd = []*corev3.HeaderValueOption{header("request-id", requestID)}
 		}
@@ -130,8 +142,7 @@ func (r *reply) said(e *segment.Endpoint) string {
 // overGRPC answers calls of gRPC in its own words: a status code, and a text.
 func (r *reply) overGRPC(e *segment.Endpoint) *hcmv3.ResponseMapper {
 	mapper := &hcmv3.ResponseMapper{
-		Filter: &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_AndFilter{AndFilter: &accesslogv3.AndFilter{
-			Filters: []*accesslogv3.AccessLogFilter{whenStatus(r.status), whenGRPC()}}}},
+		Filter: whenAll(r.when(), whenGRPC()),
 		BodyFormatOverride: &corev3.SubstitutionFormatString{
 			Format:          &corev3.SubstitutionFormatString_TextFormatSource{TextFormatSource: inline(r.said(e) + " (request " + requestID + ")")},
 			OmitEmptyValues: true,
@@ -148,6 +159,19 @@ func whenGRPC() *accesslogv3.AccessLogFilter {
 		Header: &routev3.HeaderMatcher{Name: "content-type", HeaderMatchSpecifier: &routev3.HeaderMatcher_StringMatch{
 			StringMatch: &matchv3.StringMatcher{MatchPattern: &matchv3.StringMatcher_Prefix{Prefix: "application/grpc"}}}},
 	}}}
+}
+
+// when is what the reply answers.
+func (r *reply) when() *accesslogv3.AccessLogFilter {
+	if r.code != uncounted {
+		return whenStatus(r.status)
+	}
+	return whenAll(whenStatus(r.status), &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ResponseFlagFilter{
+		ResponseFlagFilter: &accesslogv3.ResponseFlagFilter{Flags: []string{"UAEX"}}}})
+}
+
+func whenAll(filters ...*accesslogv3.AccessLogFilter) *accesslogv3.AccessLogFilter {
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_AndFilter{AndFilter: &accesslogv3.AndFilter{Filters: filters}}}
 }
 
 // whenStatus is any status if it is 0.

@@ -55,7 +55,7 @@ func rows(e *segment.Endpoint) []segment.Route {
 	var all []segment.Route
 	for _, r := range e.Protocol.Routes() {
 		switch {
-		case r.Path == "", r.MCP != "": // not HTTP; not read yet
+		case r.Path == "": // not HTTP
 		case overGRPC(r) && !speaksGRPC(e.Backends):
 		case r.Database == segment.Everything && ownDatabase(e) != "": // it could name another one where nobody looks
 		case r.Resource == segment.WholePath && e.Protocol == segment.HTTP:
@@ -92,6 +92,9 @@ func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 	if e.Protocol == segment.Milvus {
 		host.RequestHeadersToRemove = append(host.RequestHeadersToRemove, milvusHeaders...)
 	}
+	if e.Protocol == segment.MCP {
+		host.RequestHeadersToRemove = append(host.RequestHeadersToRemove, mcpHeaders...)
+	}
 	pools := modelPools(e)
 	for _, r := range rows(e) {
 		if r.Answer == segment.FromCatalog || len(pools) == 1 || r.Resource == segment.NoResource || r.Resource == segment.Everything {
@@ -108,6 +111,9 @@ func routes(e *segment.Endpoint) *routev3.RouteConfiguration {
 	}
 	if speaksGRPC(e.Backends) {
 		host.Routes = append(host.Routes, elsewhereOverGRPC())
+	}
+	if e.Protocol == segment.MCP {
+		host.Routes = append(host.Routes, elsewhereOverMCP())
 	}
 	host.Routes = append(host.Routes, elsewhere())
 	return &routev3.RouteConfiguration{
@@ -262,6 +268,9 @@ func bare(e *segment.Endpoint, r segment.Route) *routev3.Route {
 	}
 	if overGRPC(r) {
 		out.Match.Headers = append(out.Match.Headers, grpcContent())
+	}
+	if r.MCP != "" {
+		out.Match.Headers = append(out.Match.Headers, mcpMethod(r.MCP))
 	}
 	if endless(r) {
 		out.TypedPerFilterConfig[bodyFilter] = pack(bufferOff())

@@ -4,11 +4,14 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"slices"
+	"sort"
 	"strings"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	compositev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/composite/v3"
 	rbacv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/rbac/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	"google.golang.org/protobuf/proto"
 
 	"sallyport.dev/authz"
@@ -34,6 +37,24 @@ type member struct {
 	class  *authz.Class
 }
 
+// lineup is an endpoint's members sorted by caller, or some that stand side by side, and how many leaves they are.
+type lineup struct {
+	members []member
+	before  []int // the leaves of all members before each of these, and before the one that follows
+}
+
+func lineUp(members []member) lineup {
+	l := lineup{members, make([]int, 1, len(members)+1)}
+	for i, m := range members {
+		l.before = append(l.before, l.before[i]+m.class.Leaves())
+	}
+	return l
+}
+
+func (l lineup) weight() int { return l.before[len(l.members)] - l.before[0] }
+
+func (l lineup) slice(from, to int) lineup { return lineup{l.members[from:to], l.before[from : to+1]} }
+
 // membersOf lists the entries sorted by caller.
 func membersOf(policy *authz.Endpoint) []member {
 	all := make([]member, 0, policy.Members.Len())
@@ -41,6 +62,24 @@ func membersOf(policy *authz.Endpoint) []member {
 		all = append(all, member{caller, class})
 	}
 	return all
+}
+
+// arranged is who may do something at an endpoint, and in what form that is lowered. It is the same as long as the policy is.
+func (r *Resources) arranged(e segment.EndpointName, policy *authz.Endpoint) ([]member, form) {
+	for _, last := range r.earlier {
+		if last.policy != nil && last.policy.Endpoints[e] == policy && last.limits == r.limits {
+			if f, ok := last.forms[e]; ok {
+				return last.members[e], f
+			}
+		}
+	}
+	all := membersOf(policy)
+	l := lineUp(all)
+	f := form{classes: r.limits.useClasses(policy, l.weight())}
+	if !f.classes && l.weight() > r.limits.shard {
+		f.shards = r.limits.cut(l)
+	}
+	return all, f
 }
 
 // shard is a part: the callers that begin with the prefix and with no longer one of another shard.
@@ -75,8 +114,8 @@ func shardOf(name string) (e segment.EndpointName, prefix string, ok bool) {
 }
 
 // cut is split, and tells each rest what was cut out of it.
-func (l limits) cut(members []member) []shard {
-	shards := l.split(members, "", nil, nil)
+func (l limits) cut(all lineup) []shard {
+	shards := l.split(all, "", nil, nil)
 	for i := range shards {
 		if shards[i].rest == "" {
 			continue
@@ -94,13 +133,14 @@ func (l limits) cut(members []member) []shard {
 
 // split cuts members, which are sorted by caller and all begin with the prefix. What falls to none of them belongs to
 // the family, which may be nil.
-func (l limits) split(members []member, prefix string, family *member, into []shard) []shard {
+func (l limits) split(all lineup, prefix string, family *member, into []shard) []shard {
+	members := all.members
 	common := commonStem(members)
 	own := 0 // those that end where the others go on
 	for own < len(members) && len(members[own].caller.Stem()) == len(common) {
 		own++
 	}
-	if own == len(members) || weight(members) <= l.shard {
+	if own == len(members) || all.weight() <= l.shard {
 		return append(into, shard{prefix: prefix, members: with(members, family)})
 	}
 	if own > 0 {
@@ -111,11 +151,8 @@ func (l limits) split(members []member, prefix string, family *member, into []sh
 	}
 	for from := own; from < len(members); {
 		next := members[from].caller.Stem()[:len(common)+1]
-		to := from + 1
-		for to < len(members) && strings.HasPrefix(members[to].caller.Stem(), next) {
-			to++
-		}
-		into = l.split(members[from:to], next, family, into)
+		to := from + sort.Search(len(members)-from, func(i int) bool { return !strings.HasPrefix(members[from+i].caller.Stem(), next) })
+		into = l.split(all.slice(from, to), next, family, into)
 		from = to
 	}
 	return into
@@ -138,12 +175,27 @@ func commonStem(members []member) string {
 	return first[:n]
 }
 
-// weight is how many leaves they are when they are written out.
-func weight(members []member) (n int) {
-	for _, m := range members {
-		n += leaves(m.class)
+// chosen is a choice, and what it was made of.
+type chosen struct {
+	shards []string // their names
+	tokens bool
+	filter *hcmv3.HttpFilter
+}
+
+// choice is the endpoint's, unless it has been made before of the same: it is long, and most changes move no shard.
+func (r *Resources) choice(e segment.EndpointName, shards []shard, tokens bool) *hcmv3.HttpFilter {
+	names := make([]string, len(shards)) // which tell the prefixes, too
+	for i, s := range shards {
+		names[i] = s.name(e)
 	}
-	return n
+	for _, earlier := range r.earlier {
+		if c := earlier.choices[e]; c.filter != nil && c.tokens == tokens && slices.Equal(c.shards, names) {
+			r.choices[e] = c
+			return c.filter
+		}
+	}
+	r.choices[e] = chosen{names, tokens, filter(RightsName(e), choice(e, shards, tokens))}
+	return r.choices[e].filter
 }
 
 // choice is the filter that runs the rights of the shard that a caller belongs to.

@@ -13,6 +13,7 @@
 package filesource
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +23,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"sallyport.dev/api/v1alpha1"
 	"sallyport.dev/segment"
@@ -34,7 +36,9 @@ const (
 
 // Read returns the documents of a folder or of a file. What is wrong with them is in the documents.
 func Read(path string) []v1alpha1.Document {
-	return decode(new(v1alpha1.Memo), read(path, func(string) {}))
+	var r reader
+	r.read(path, func(string) {}, true)
+	return slices.Concat(r.decode()...)
 }
 
 // Apart refuses two paths of which one is read with the other, or may be: the documents of a shadow folder among those
@@ -67,31 +71,78 @@ type file struct {
 	bad  segment.Problem // of code "", if there is a text
 }
 
-func decode(memo *v1alpha1.Memo, files []file) []v1alpha1.Document {
-	var docs []v1alpha1.Document
-	for _, f := range files {
+// reader reads files again and again. The zero value has read nothing yet.
+type reader struct {
+	files   []file           // of the last time
+	texts   map[string]known // by path
+	memo    v1alpha1.Memo
+	scratch bytes.Buffer
+}
+
+// known is a text and what the file system said of the file before it was read.
+type known struct {
+	text  string
+	stamp stamp
+}
+
+// stamp is another one whenever a file has been written or another takes its place: what is written changes ctime, which
+// unlike mtime nobody can set. But its clock ticks every few milliseconds only, and a file that is written twice within a tick
+// is not told from one that was written once. So a stamp counts only if it had been there for a while when the text was read
+// (settledAfter): whatever is written later gets another tick.
+type stamp struct {
+	device, inode uint64
+	size          int64
+	changed       syscall.Timespec
+}
+
+// settledAfter is much longer than a tick of any file system that is not far away. For what those tell, all files are read
+// every now and then whatever their stamps (see round).
+const settledAfter = 2 * time.Second
+
+// stampOf is the stamp of a regular file; the zero value is no stamp.
+func stampOf(info fs.FileInfo) stamp {
+	if s, ok := info.Sys().(*syscall.Stat_t); ok && info.Mode().IsRegular() {
+		return stamp{s.Dev, s.Ino, s.Size, s.Ctim}
+	}
+	return stamp{}
+}
+
+func (s stamp) settled(now time.Time) bool {
+	return s != stamp{} && time.Unix(s.changed.Unix()).Before(now.Add(-settledAfter))
+}
+
+func (r *reader) decode() [][]v1alpha1.Document {
+	docs := make([][]v1alpha1.Document, 0, len(r.files))
+	for _, f := range r.files {
 		if f.bad.Code != "" {
-			docs = append(docs, v1alpha1.Unreadable(f.bad))
+			docs = append(docs, []v1alpha1.Document{v1alpha1.Unreadable(f.bad)})
 			continue
 		}
-		docs = append(docs, memo.Decode(f.path, f.text)...)
+		docs = append(docs, r.memo.Decode(f.path, f.text))
 	}
-	memo.Forget()
+	r.memo.Forget()
 	return docs
 }
 
-// read returns all files, sorted by path. It calls watch with a folder before it looks into it, so that whoever
-// watches it from then on misses nothing.
-func read(path string, watch func(folder string)) []file {
+// read reads all files, sorts them by path, and reports whether they are other files than the last time. It calls watch with
+// a folder before it looks into it, so that whoever watches it from then on misses nothing. Files whose stamp says that they
+// are as they were are only read if it shall be all.
+func (r *reader) read(path string, watch func(folder string), all bool) (changed bool) {
+	last := r.files
+	r.files = r.found(path, watch, all)
+	return last == nil || !slices.Equal(last, r.files)
+}
+
+func (r *reader) found(path string, watch func(folder string), all bool) []file {
 	watch(filepath.Dir(path))
 	info, err := os.Stat(path)
 	if err != nil {
 		return []file{unreadable(path, err)}
 	}
 	if !info.IsDir() {
-		return readFiles([]string{path})
+		return r.readFiles([]candidate{{path, info}}, all)
 	}
-	var paths []string
+	var paths []candidate
 	names, err := entries(path, watch)
 	if err != nil {
 		return []file{unreadable(path, err)}
@@ -107,18 +158,24 @@ func read(path string, watch func(folder string)) []file {
 			}
 			for _, n := range below {
 				if isDocument(n) {
-					paths = append(paths, filepath.Join(name, n))
+					paths = append(paths, candidate{filepath.Join(name, n), nil})
 				}
 			}
 		case isDocument(name):
-			paths = append(paths, name)
+			paths = append(paths, candidate{name, info})
 		case err != nil && !deleted(name):
 			bad = append(bad, unreadable(name, err))
 		}
 	}
-	files := append(readFiles(paths), bad...)
+	files := append(r.readFiles(paths, all), bad...)
 	slices.SortFunc(files, func(a, b file) int { return strings.Compare(a.path, b.path) })
 	return files
+}
+
+// candidate is a file to read, and what it looked like a moment ago; nil: nobody has looked.
+type candidate struct {
+	path string
+	info fs.FileInfo
 }
 
 // entries returns the names in a folder, without hidden ones.
@@ -148,14 +205,16 @@ func isDocument(name string) bool {
 	return false
 }
 
-func readFiles(paths []string) []file {
+func (r *reader) readFiles(paths []candidate, all bool) []file {
 	if len(paths) > maxFiles {
-		return []file{{path: paths[maxFiles], bad: tooLarge(paths[maxFiles], fmt.Sprintf("is the file after the first %d", maxFiles))}}
+		return []file{{path: paths[maxFiles].path, bad: tooLarge(paths[maxFiles].path, fmt.Sprintf("is the file after the first %d", maxFiles))}}
 	}
 	files := make([]file, 0, len(paths))
+	texts := make(map[string]known, len(paths))
 	left := maxBytes
-	for _, path := range paths {
-		text, err := readFile(path)
+	for _, c := range paths {
+		path := c.path
+		it, err := r.readFile(c, all)
 		if err != nil && len(paths) > 1 && deleted(path) {
 			continue
 		}
@@ -163,33 +222,55 @@ func readFiles(paths []string) []file {
 			files = append(files, unreadable(path, err))
 			continue
 		}
-		if left -= len(text); left < 0 {
+		if left -= len(it.text); left < 0 {
 			return append(files, file{path: path, bad: tooLarge(path, fmt.Sprintf("makes all files together larger than %d MiB", maxBytes>>20))})
 		}
-		files = append(files, file{path: path, text: text})
+		texts[path] = it
+		files = append(files, file{path: path, text: it.text})
 	}
+	r.texts = texts
 	return files
 }
 
 // readFile returns the text of a regular file, as much of it as Decode needs to see that it is too large. Anything
-// else, like a pipe, it leaves without waiting.
-func readFile(path string) (string, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+// else, like a pipe, it leaves without waiting. A text that is as it was is the same string.
+func (r *reader) readFile(c candidate, all bool) (known, error) {
+	last, ok := r.texts[c.path]
+	if ok && !all && last.stamp != (stamp{}) {
+		info := c.info
+		if info == nil {
+			info, _ = os.Stat(c.path)
+		}
+		if info != nil && stampOf(info) == last.stamp {
+			return last, nil
+		}
+	}
+	f, err := os.OpenFile(c.path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return "", err
+		return known{}, err
 	}
 	defer f.Close()
+	now := time.Now()
 	info, err := f.Stat()
 	if err != nil {
-		return "", err
+		return known{}, err
 	}
 	if !info.Mode().IsRegular() {
-		return "", errors.New("it is not a regular file")
+		return known{}, errors.New("it is not a regular file")
 	}
-	var text strings.Builder
-	text.Grow(int(min(info.Size(), v1alpha1.MaxBytes) + 1))
-	_, err = io.Copy(&text, io.LimitReader(f, v1alpha1.MaxBytes+1))
-	return text.String(), err
+	r.scratch.Reset()
+	r.scratch.Grow(int(min(info.Size(), v1alpha1.MaxBytes)) + bytes.MinRead)
+	if _, err := r.scratch.ReadFrom(io.LimitReader(f, v1alpha1.MaxBytes+1)); err != nil {
+		return known{}, err
+	}
+	it := known{text: last.text}
+	if !ok || !bytes.Equal(r.scratch.Bytes(), []byte(last.text)) {
+		it.text = r.scratch.String()
+	}
+	if s := stampOf(info); s.settled(now) {
+		it.stamp = s
+	}
+	return it, nil
 }
 
 func tooLarge(path, msg string) segment.Problem {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"log/slog"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -46,8 +45,8 @@ func (s Source) Run(ctx context.Context, out chan<- v1alpha1.Snapshot) error {
 	defer tick.Stop()
 
 	var (
-		memo    v1alpha1.Memo
-		files   []file                   // of the newest snapshot
+		reader  reader
+		all     bool                     // read files also if they look as before
 		newest  v1alpha1.Snapshot        // to be sent
 		send    chan<- v1alpha1.Snapshot // out, while there is one to be sent
 		noticed = time.Now()             // the first change that was not read yet; zero: there is none
@@ -75,6 +74,7 @@ func (s Source) Run(ctx context.Context, out chan<- v1alpha1.Snapshot) error {
 			change()
 
 		case <-tick.C: // 3. perhaps something changed
+			all = true
 			if noticed.IsZero() {
 				change()
 			}
@@ -82,15 +82,13 @@ func (s Source) Run(ctx context.Context, out chan<- v1alpha1.Snapshot) error {
 		case <-settled: // 4. nothing changed any more
 			settled = nil
 			watch.renew()
-			found := read(s.Path, watch.add)
-			if files == nil || !slices.Equal(files, found) {
-				files = found
+			if reader.read(s.Path, watch.add, all) {
 				if send != nil {
 					noticed = newest.Noticed // that one was never received
 				}
-				newest, send = v1alpha1.Snapshot{Documents: decode(&memo, found), Noticed: noticed}, out
+				newest, send = v1alpha1.Snapshot{Files: reader.decode(), Noticed: noticed}, out
 			}
-			noticed = time.Time{}
+			noticed, all = time.Time{}, false
 
 		case send <- newest: // 5. somebody wants to know
 			newest, send = v1alpha1.Snapshot{}, nil

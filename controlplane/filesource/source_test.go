@@ -161,7 +161,7 @@ func followEach(t testing.TB, path string, round time.Duration) (wait func(want 
 		for deadline := time.After(10 * time.Second); ; {
 			select {
 			case s := <-out:
-				if got := summary(s.Documents); got == want {
+				if got := summary(slices.Concat(s.Files...)); got == want {
 					return s
 				} else if !slices.Contains(seen, got) {
 					seen = append(seen, got)
@@ -293,14 +293,69 @@ func TestOnlyWhatChangedIsDecoded(t *testing.T) {
 	dir := t.TempDir()
 	write(t, workload("a")+"---\n"+workload("b"), dir, "a.yaml")
 	wait := follow(t, dir)
-	before := wait("a b").Documents
+	before := wait("a b").Files[0]
 	write(t, workload("c")+"---\n"+workload("b"), dir, "a.yaml")
-	after := wait("c b").Documents
+	after := wait("c b").Files[0]
 	if before[1].Spec != after[1].Spec || before[0].Spec == after[0].Spec {
 		t.Error("decoded what had not changed")
 	}
 	if diff := cmp.Diff(after[1].Problems(), before[1].Problems()); diff != "" {
 		t.Error(diff)
+	}
+}
+
+// A file whose stamp is as it was is not read again; one that was written just before it was read is, and so is one that was
+// written since, however soon, with the same size and a time of its own making.
+func TestStamps(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.yaml")
+	old := time.Unix(1_000_000_000, 0)
+	edit := func(text string) {
+		write(t, text, path)
+		must(t, os.Chtimes(path, old, old))
+	}
+	var r reader
+	reads := func(all bool) string {
+		r.read(dir, func(string) {}, all)
+		return r.files[0].text
+	}
+	for i := range 200 { // many of them within a tick
+		text := fmt.Sprintf("text: %03d\n", i)
+		edit(text)
+		if got := reads(false); got != text {
+			t.Fatalf("reads %q, and there is %q", got, text)
+		}
+		if r.texts[path].stamp != (stamp{}) {
+			t.Fatal("a stamp counts that may be that of what is written next")
+		}
+	}
+	// As if it had been there for long when it was read: its stamp counts, and only that is looked at.
+	info, err := os.Stat(path)
+	must(t, err)
+	r.texts[path] = known{"remembered\n", stampOf(info)}
+	if got := reads(false); got != "remembered\n" {
+		t.Errorf("reads %q again", got)
+	}
+	if got := reads(true); got != "text: 199\n" {
+		t.Errorf("does not read all: %q", got)
+	}
+	r.texts[path] = known{"remembered\n", stampOf(info)}
+	for later := info; stampOf(later) == stampOf(info); { // until there is another tick
+		edit("text: 200\n")
+		later, err = os.Stat(path)
+		must(t, err)
+	}
+	if got := reads(false); got != "text: 200\n" {
+		t.Errorf("reads %q, and there is another", got)
+	}
+	now := time.Unix(1000, 0)
+	for changed, counts := range map[int64]bool{990: true, 999: false, 1000: false, 1001: false} {
+		if (stamp{inode: 1, changed: syscall.Timespec{Sec: changed}}).settled(now) != counts {
+			t.Errorf("a stamp of %d at 1000: %t", changed, !counts)
+		}
+	}
+	if (stamp{}).settled(now) {
+		t.Error("no stamp counts")
 	}
 }
 
@@ -323,7 +378,7 @@ func BenchmarkChange(b *testing.B) {
 		text := workload(fmt.Sprintf("first-%d", i)) + rest.String()
 		b.StartTimer()
 		replace(b, text, dir, "a.yaml")
-		if s := <-out; s.Documents[0].Metadata.Name != fmt.Sprintf("first-%d", i) {
+		if s := <-out; s.Files[0][0].Metadata.Name != fmt.Sprintf("first-%d", i) {
 			b.Fatal("an old snapshot")
 		}
 	}

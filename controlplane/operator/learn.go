@@ -172,7 +172,7 @@ func (s *Server) suggest(w http.ResponseWriter, r *http.Request) {
 	if g == nil {
 		return
 	}
-	verdicts := []telemetry.Verdict{telemetry.Allowed, telemetry.Failed}
+	verdicts := []telemetry.Verdict{telemetry.Allowed, telemetry.Failed, telemetry.Limited}
 	if r.URL.Query().Get("denied") == "true" {
 		verdicts = append(verdicts, telemetry.Denied)
 	}
@@ -206,7 +206,7 @@ func (s *Server) unused(w http.ResponseWriter, r *http.Request) {
 	if g == nil {
 		return
 	}
-	seen, err := s.collect(r.Context(), filter, maxJudged, telemetry.Allowed, telemetry.Failed)
+	seen, err := s.collect(r.Context(), filter, maxJudged, telemetry.Allowed, telemetry.Failed, telemetry.Limited)
 	if err == nil && seen.more > 0 {
 		fail(w, http.StatusConflict, Failure{fmt.Sprintf("there are more than %d different requests, and nothing can be said without looking at all", maxJudged),
 			"ask about a shorter time, or about one --endpoint"})

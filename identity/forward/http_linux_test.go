@@ -605,7 +605,7 @@ func TestGatewayMoves(t *testing.T) {
 		}
 		events <- "still here"
 		close(events)
-		if b, err := io.ReadAll(stream.Body); err != nil || string(b) != "still here" {
+		if b, err := io.ReadAll(stream); err != nil || string(b) != "still here" {
 			t.Errorf("the stream brought %q, %v", b, err)
 		}
 	})

@@ -60,7 +60,11 @@ func (a *AccessLog) StreamAccessLogs(stream alsv3.AccessLogService_StreamAccessL
 			a.add(FlowOf(e, node), finished(e.GetCommonProperties()))
 		}
 		for _, e := range m.GetTcpLogs().GetLogEntry() {
-			a.add(RefusedOf(e, node))
+			if tag(e.GetCommonProperties(), tagEndpoint) != "" { // of the endpoint itself, and not of the listener
+				a.add(ConnectionOf(e, node))
+			} else {
+				a.add(RefusedOf(e, node))
+			}
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package ingest
 
 import (
+	"cmp"
 	"net/http"
 	"strconv"
 	"strings"
@@ -19,8 +20,10 @@ import (
 
 const (
 	rbacMetadata     = "envoy.filters.http.rbac" // what Envoy's RBAC filter says it did
-	ourMetadata      = "sallyport"               // what extraction says of the request and of its answer
-	nameState        = "sallyport.name"          // filter state: the resource
+	connectMetadata  = "envoy.filters.network.rbac"
+	connectDenied    = "rbac_access_denied" // how connection termination details begin
+	ourMetadata      = "sallyport"          // what extraction says of the request and of its answer
+	nameState        = "sallyport.name"     // filter state: the resource
 	defaultDeny      = "default-deny"
 	tagEndpoint      = "endpoint"
 	tagOperation     = "operation"
@@ -68,6 +71,12 @@ func FlowOf(entry *accesslogv3.HTTPAccessLogEntry, node *corev3.Node) telemetry.
 	f.BytesIn, f.BytesOut = size(req.GetRequestBodyBytes()), size(resp.GetResponseBodyBytes())
 
 	f.Verdict, f.Rule = verdict(rbac.text("enforced_engine_result"), rbac.text("enforced_effective_policy_id"))
+	if f.Verdict == telemetry.Allowed && overBudget(resp.GetResponseCodeDetails()) {
+		f.Verdict, f.Detail = telemetry.Limited, "over its budget"
+		if f.Status != http.StatusTooManyRequests {
+			f.Detail = "its budget can't be counted"
+		}
+	}
 	if f.Verdict == telemetry.Allowed && backendFailed(f, common.GetResponseFlags()) {
 		f.Verdict = telemetry.Failed
 	}
@@ -78,10 +87,49 @@ func FlowOf(entry *accesslogv3.HTTPAccessLogEntry, node *corev3.Node) telemetry.
 	return f
 }
 
+// ConnectionOf reads the access log entry of a connection to an endpoint of protocol TCP. It is no flow if it did not get
+// through TLS, which RefusedOf sees. One that sent nothing before it ended was not judged, and is Refused.
+func ConnectionOf(entry *accesslogv3.TCPAccessLogEntry, node *corev3.Node) (flow telemetry.Flow, ok bool) {
+	common := entry.GetCommonProperties()
+	rbac := fields{common.GetMetadata().GetFilterMetadata()[connectMetadata]}
+	denied := strings.HasPrefix(common.GetConnectionTerminationDetails(), connectDenied)
+	if !denied && rbac.Struct == nil && common.GetDownstreamTransportFailureReason() != "" {
+		return telemetry.Flow{}, false
+	}
+	f := flowOf(common, node)
+	f.ID = clip(common.GetStreamId(), maxName)
+	f.Caller = callerOf(common)
+	f.Endpoint, f.Operation = segment.EndpointName(tag(common, tagEndpoint)), segment.Operation(tag(common, tagOperation))
+	f.BytesIn, f.BytesOut = size(entry.GetConnectionProperties().GetReceivedBytes()), size(entry.GetConnectionProperties().GetSentBytes())
+
+	f.Verdict, f.Rule = verdict(rbac.text("enforced_shadow_engine_result"), rbac.text("enforced_shadow_effective_policy_id"))
+	f.Shadow, f.ShadowBy = verdict(rbac.text("shadow_engine_result"), rbac.text("shadow_effective_policy_id"))
+	if f.Shadow == telemetry.Refused {
+		f.Shadow = ""
+	}
+	switch flags := common.GetResponseFlags(); {
+	case denied && f.Verdict != telemetry.Denied: // by what stands in for rights that have not come
+		f.Verdict, f.Rule = telemetry.Denied, defaultDeny
+	case f.Verdict == telemetry.Refused:
+		f.Detail = "it has sent nothing"
+	case f.Verdict == telemetry.Allowed && unreachable(flags):
+		f.Verdict = telemetry.Failed
+		f.Detail = clip(cmp.Or(tlsFailure(common.GetUpstreamTransportFailureReason()), "the backend can't be reached"), maxText)
+	case flags.GetDurationTimeout():
+		f.Detail = "its time was over"
+	case flags.GetStreamIdleTimeout():
+		f.Detail = "it was idle"
+	}
+	return f, true
+}
+
 // RefusedOf reads the access log entry of a connection. It is a flow only when the connection came to nothing: it did
 // not get through TLS, or asked for a server name that no endpoint has.
 func RefusedOf(entry *accesslogv3.TCPAccessLogEntry, node *corev3.Node) (flow telemetry.Flow, ok bool) {
 	common := entry.GetCommonProperties()
+	if common.GetMetadata().GetFilterMetadata()[connectMetadata] != nil { // it did, and ConnectionOf sees it
+		return telemetry.Flow{}, false
+	}
 	why := tlsFailure(common.GetDownstreamTransportFailureReason())
 	if why == "" && common.GetResponseFlags().GetNoRouteFound() {
 		why = "no endpoint has this server name"
@@ -163,8 +211,16 @@ func resourceOf(common *accesslogv3.AccessLogCommon, ours fields) string {
 	return ours.text("name")
 }
 
-// verdict reads the result of one RBAC engine. Only "allowed" allows; no result means the request was not judged.
+// overBudget reports whether the gate has stopped the request, or could not be asked. Envoy's own words, after which it may
+// say more in braces.
+func overBudget(details string) bool {
+	return strings.HasPrefix(details, "ext_authz_denied") || strings.HasPrefix(details, "ext_authz_error")
+}
+
+// verdict reads the result of one RBAC engine. Only "allowed" allows; no result means the request was not judged. Behind the
+// rule stands its budget, if it has one.
 func verdict(result, rule string) (telemetry.Verdict, string) {
+	rule, _, _ = strings.Cut(rule, " ")
 	switch {
 	case result == "allowed":
 		return telemetry.Allowed, rule
@@ -180,9 +236,7 @@ func verdict(result, rule string) (telemetry.Verdict, string) {
 // away is no failure of the backend.
 func backendFailed(f telemetry.Flow, flags *accesslogv3.ResponseFlags) bool {
 	switch {
-	case f.Status >= 500,
-		flags.GetNoHealthyUpstream(), flags.GetNoClusterFound(), flags.GetDnsResolutionFailure(), flags.GetUpstreamOverflow(),
-		flags.GetUpstreamConnectionFailure(), flags.GetUpstreamConnectionTermination(), flags.GetUpstreamRemoteReset(),
+	case f.Status >= 500, unreachable(flags), flags.GetUpstreamConnectionTermination(), flags.GetUpstreamRemoteReset(),
 		flags.GetUpstreamRequestTimeout(), flags.GetUpstreamRetryLimitExceeded(), flags.GetUpstreamProtocolError(),
 		flags.GetUpstreamMaxStreamDurationReached():
 		return true
@@ -190,6 +244,12 @@ func backendFailed(f telemetry.Flow, flags *accesslogv3.ResponseFlags) bool {
 		return !strings.HasPrefix(f.Detail, clientDisconnect)
 	}
 	return false
+}
+
+// unreachable reports whether there was no connection to a backend.
+func unreachable(flags *accesslogv3.ResponseFlags) bool {
+	return flags.GetNoHealthyUpstream() || flags.GetNoClusterFound() || flags.GetDnsResolutionFailure() || flags.GetUpstreamOverflow() ||
+		flags.GetUpstreamConnectionFailure()
 }
 
 // tlsFailure makes "TLS_error:|268435581:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED:TLS_error_end", as

@@ -31,7 +31,7 @@ func TestFlowsOfRecordedEntries(t *testing.T) {
 		t.Fatal(err)
 	}
 	updated, cases := string(golden), section.FindAllStringSubmatch(string(golden), -1)
-	if len(cases) != 10 {
+	if len(cases) != 19 {
 		t.Fatalf("%d cases", len(cases))
 	}
 	for _, c := range cases {
@@ -56,13 +56,15 @@ func flowJSON(t *testing.T, name string, entry []byte) string {
 	t.Helper()
 	node := &corev3.Node{Id: "gw"}
 	var flow telemetry.Flow
-	if strings.HasPrefix(name, "tcp ") {
+	read := map[string]func(*accesslogv3.TCPAccessLogEntry, *corev3.Node) (telemetry.Flow, bool){"tcp": RefusedOf, "connect": ConnectionOf}
+	kind, _, _ := strings.Cut(name, " ")
+	if read := read[kind]; read != nil {
 		var e accesslogv3.TCPAccessLogEntry
 		if err := protojson.Unmarshal(entry, &e); err != nil {
 			t.Fatal(err)
 		}
 		var ok bool
-		if flow, ok = RefusedOf(&e, node); !ok {
+		if flow, ok = read(&e, node); !ok {
 			return "no flow\n"
 		}
 	} else {
@@ -105,6 +107,10 @@ func TestVerdict(t *testing.T) {
 		{"backend fails", "allowed", "grant/a", 500, "via_upstream", telemetry.Failed, "grant/a"},
 		{"backend never answers", "allowed", "grant/a", 0, "upstream_per_try_timeout", telemetry.Failed, "grant/a"},
 		{"caller goes away", "allowed", "grant/a", 0, "downstream_remote_disconnect", telemetry.Allowed, "grant/a"},
+		{"allowed, and counted", "allowed", "grant/a requests=1/Day tokens=2/Month shared open", 200, "via_upstream", telemetry.Allowed, "grant/a"},
+		{"over its budget", "allowed", "grant/a requests=1/Day", 429, "ext_authz_denied", telemetry.Limited, "grant/a"},
+		{"a budget that can't be counted", "allowed", "grant/a requests=1/Day", 503, "ext_authz_error", telemetry.Limited, "grant/a"},
+		{"the backend is over some budget", "allowed", "grant/a requests=1/Day", 429, "via_upstream", telemetry.Allowed, "grant/a"},
 		{"denied by a rule", "denied", "grant/no", 403, "rbac", telemetry.Denied, "grant/no"},
 		{"denied while authorization is missing", "denied", "", 403, "rbac", telemetry.Denied, "default-deny"},
 		{"denied whatever the status", "denied", "grant/no", 200, "", telemetry.Denied, "grant/no"},

@@ -92,7 +92,9 @@ func TestAccessLogStream(t *testing.T) {
 			http("begun", accesslogv3.AccessLogType_DownstreamStart), http("one", accesslogv3.AccessLogType_DownstreamEnd), nil}}}})
 	send("gw-2", &alsv3.StreamAccessLogsMessage{LogEntries: &alsv3.StreamAccessLogsMessage_TcpLogs{ // a second name is not taken
 		TcpLogs: &alsv3.StreamAccessLogsMessage_TCPAccessLogEntries{LogEntry: []*accesslogv3.TCPAccessLogEntry{
-			{}, {CommonProperties: &accesslogv3.AccessLogCommon{DownstreamTransportFailureReason: "no"}}}}}})
+			{}, {CommonProperties: &accesslogv3.AccessLogCommon{DownstreamTransportFailureReason: "no"}},
+			{CommonProperties: &accesslogv3.AccessLogCommon{CustomTags: map[string]string{tagEndpoint: "pg"}}},
+			{CommonProperties: &accesslogv3.AccessLogCommon{CustomTags: map[string]string{tagEndpoint: "pg"}, DownstreamTransportFailureReason: "no"}}}}}})
 	send("", &alsv3.StreamAccessLogsMessage{})
 	if _, err := stream.CloseAndRecv(); err != nil {
 		t.Fatal(err)
@@ -104,10 +106,10 @@ func TestAccessLogStream(t *testing.T) {
 			t.Errorf("a flow without a time is of %s", f.Time)
 		}
 	}
-	if diff := cmp.Diff([]string{"gw-1 one refused ", "gw-1  refused ", "gw-1  refused no"}, got); diff != "" {
+	if diff := cmp.Diff([]string{"gw-1 one refused ", "gw-1  refused ", "gw-1  refused no", "gw-1  refused it has sent nothing"}, got); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff(AccessLogStats{Received: 5, Skipped: 2}, log.Stats()); diff != "" {
+	if diff := cmp.Diff(AccessLogStats{Received: 7, Skipped: 3}, log.Stats()); diff != "" {
 		t.Error(diff)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"math"
+	"strings"
 	"time"
 
 	commonpb "go.opentelemetry.io/proto/otlp/common/v1"
@@ -42,6 +43,9 @@ func SpanOf(in *tracepb.Span, resource *resourcepb.Resource, from telemetry.Sour
 		End:        nanos(in.GetEndTimeUnixNano()),
 		Message:    b.text(in.GetStatus().GetMessage(), maxText),
 		Attributes: b.attributes(in.GetAttributes(), 0),
+	}
+	if rule, _, counted := strings.Cut(s.Attributes.Text(telemetry.SecurityRuleName), " "); counted && from == telemetry.FromGateway {
+		s.Attributes[telemetry.SecurityRuleName] = rule // without its budget
 	}
 	if k := int(in.GetKind()); k >= 0 && k < len(kinds) {
 		s.Kind = kinds[k]

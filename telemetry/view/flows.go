@@ -35,7 +35,7 @@ func (t *Flows) Write(flows ...telemetry.Flow) error {
 
 // note says what is out of the ordinary: why it was not served, or what the shadow grants would change.
 func note(f telemetry.Flow) cell {
-	if f.Verdict == telemetry.Refused || f.Verdict == telemetry.Failed {
+	if f.Verdict == telemetry.Refused || f.Verdict == telemetry.Failed || f.Verdict == telemetry.Limited {
 		return cell{clean(f.Detail, 100), ""}
 	}
 	if f.Shadow != "" && f.Shadow != f.Verdict {

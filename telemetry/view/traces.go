@@ -125,7 +125,7 @@ func details(n *telemetry.Node) string {
 		add(tokens(in, out) + " tokens")
 	}
 	switch {
-	case flow.Verdict == telemetry.Refused || flow.Verdict == telemetry.Failed:
+	case flow.Verdict == telemetry.Refused || flow.Verdict == telemetry.Failed || flow.Verdict == telemetry.Limited:
 		add(flow.Detail)
 	case n.Span.Status == telemetry.StatusError:
 		add("error: " + n.Span.Message)

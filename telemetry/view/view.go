@@ -132,6 +132,8 @@ func verdict(v telemetry.Verdict) cell {
 		return cell{"✗ refused", red}
 	case telemetry.Failed:
 		return cell{"! failed", yellow}
+	case telemetry.Limited:
+		return cell{"! limited", yellow}
 	}
 	return cell{"? unknown", yellow}
 }

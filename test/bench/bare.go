@@ -59,7 +59,7 @@ func (b *bench) bare(documents map[string]string, usage bool) (*subject, error) 
 		return nil, err
 	}
 	sink := filepath.Join(b.folder, "sink.sock")
-	bootstrap := envoy.Bootstrap("bare", envoy.Sockets{Control: sink, Identity: sink, Catalog: sink, Admin: filepath.Join(folder, "admin.sock")})
+	bootstrap := envoy.Bootstrap("bare", envoy.Sockets{Control: sink, Identity: sink, Catalog: sink, Budget: sink, Admin: filepath.Join(folder, "admin.sock")})
 	bootstrap.DynamicResources = nil
 	bootstrap.StaticResources.Listeners = resources.Listeners
 	bootstrap.StaticResources.Clusters = append(bootstrap.StaticResources.Clusters, resources.Clusters...)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -13,12 +14,12 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	"sallyport.dev/api/v1alpha1"
 	"sallyport.dev/authz"
 	"sallyport.dev/controlplane"
 	"sallyport.dev/controlplane/envoy"
-	"sallyport.dev/controlplane/filesource"
 	"sallyport.dev/segment"
 )
 
@@ -73,8 +74,11 @@ func (b *bench) measureGrants(ctx context.Context, r *Report) error {
 			return err
 		}
 	}
-	largest := slices.Max(b.sizes)
+	largest := min(slices.Max(b.sizes), 10_000) // a document may be 1 MiB
 	if err := add(fmt.Sprintf("1 grant, %d × 50", largest), b.oneGroup(largest, 50)); err != nil {
+		return err
+	}
+	if err := add("1 grant, 1000 × 1000", b.oneGroup(1000, 1000)); err != nil {
 		return err
 	}
 	results, err := b.interleave(ctx, chat(300, 0).called("300 B, 16 connections"), subjects)
@@ -163,79 +167,87 @@ func (b *bench) save(ctx context.Context, s *subject, text string, until int) (s
 	return seen, millis(logged.Time.Sub(began)), nil
 }
 
-// Stages is where the time between a saved file and a published generation goes, in milliseconds.
+// Stages is where the time between a saved file and a published generation goes, in milliseconds, and what is sent then.
 type Stages struct {
-	Grants   int     `json:"grants"`
-	Read     float64 `json:"read_ms"` // all files, one of which has changed
+	Grants   string  `json:"grants"`
+	Decode   float64 `json:"decode_ms"` // the file that has changed
 	Assemble float64 `json:"assemble_ms"`
 	Compile  float64 `json:"compile_ms"`
 	Lower    float64 `json:"lower_ms"`
 	Check    float64 `json:"check_ms"`
 	All      float64 `json:"regenerate_ms"` // compiled, lowered, checked, digested
 	First    float64 `json:"generate_ms"`   // the same, when nothing is there that could be taken over
+	Whole    int     `json:"whole_bytes"`   // of all resources
+	Sent     int     `json:"sent_bytes"`    // of those that are other ones when the grant has changed
 }
 
 // measureStages runs the pipeline's stages in this process.
 func (b *bench) measureStages(_ context.Context, r *Report) error {
 	fmt.Println("\nstages of a changed grant, in ms: least of several")
-	o := v1alpha1.Options{TrustDomain: trustDomain, SVIDTTL: time.Hour, Gateway: &segment.Gateway{
-		Name: "local", ID: spiffeid.RequireFromPath(trustDomain, "/gateway/local"), SVIDTTL: time.Hour}}
 	for _, n := range b.sizes {
-		st := &Stages{Grants: n}
-		folder, err := os.MkdirTemp(b.folder, "stages")
-		if err != nil {
+		if err := b.stages(r, fmt.Sprintf("%d grants", n), b.manyGrants(n)); err != nil {
 			return err
 		}
-		for name, text := range b.manyGrants(n) {
-			if err := os.WriteFile(filepath.Join(folder, name), []byte(text), 0o600); err != nil {
-				return err
-			}
-		}
-		var memo v1alpha1.Memo
-		// The two states that the changing grant goes back and forth between.
-		var cfgs [2]segment.Config
-		var last [2]*controlplane.Generation
-		for i, text := range []string{granted, revoked} {
-			if err := os.WriteFile(filepath.Join(folder, changing), []byte(text), 0o600); err != nil {
-				return err
-			}
-			var problems segment.Problems
-			if cfgs[i], problems = v1alpha1.Assemble(filesource.Read(folder), o); len(problems) > 0 {
-				return problems
-			}
-		}
-		if last[0], err = controlplane.Generate(cfgs[0], envoy.Learned{}, time.Now()); err != nil {
-			return err
-		}
-		if last[1], err = controlplane.Regenerate(last[0], cfgs[1], envoy.Learned{}, time.Now()); err != nil {
-			return err
-		}
-		docs := filesource.Read(folder)
-		st.Read = least(func() { remember(&memo, folder) })
-		st.Assemble = least(func() { _, _ = v1alpha1.Assemble(docs, o) })
-		policy := authz.Recompile(last[1].Policy, &cfgs[0], time.Now())
-		only, earlier := cfgs[0].For(cfgs[0].Gateways[0]), last[1].Resources["local"]
-		st.Compile = least(func() { authz.Recompile(last[1].Policy, &cfgs[0], time.Now()) })
-		resources := envoy.Lower(&only, policy, envoy.Learned{}, earlier)
-		st.Lower = least(func() { envoy.Lower(&only, policy, envoy.Learned{}, earlier) })
-		st.Check = least(func() { _ = envoy.Check(resources, earlier) })
-		st.First = least(func() { _, _ = controlplane.Generate(cfgs[0], envoy.Learned{}, time.Now()) })
-		st.All = least(func() { _, _ = controlplane.Regenerate(last[1], cfgs[0], envoy.Learned{}, time.Now()) })
-		r.Stages = append(r.Stages, st)
-		fmt.Printf("%8d grants  read %.1f  assemble %.1f  compile %.1f  lower %.1f  check %.1f  compile, lower, check and digest %.1f, at the first time %.1f\n",
-			n, st.Read, st.Assemble, st.Compile, st.Lower, st.Check, st.All, st.First)
 	}
-	return nil
+	return b.stages(r, "1 grant, 1000 × 1000", b.oneGroup(1000, 1000))
 }
 
-// remember reads and decodes as a source does that has seen nearly all of it before.
-func remember(memo *v1alpha1.Memo, folder string) {
-	paths, _ := filepath.Glob(filepath.Join(folder, "*.yaml"))
-	for _, path := range paths {
-		text, _ := os.ReadFile(path)
-		memo.Decode(path, string(text))
+func (b *bench) stages(r *Report, name string, documents map[string]string) error {
+	o := v1alpha1.Options{TrustDomain: trustDomain, SVIDTTL: time.Hour, Gateway: &segment.Gateway{
+		Name: "local", ID: spiffeid.RequireFromPath(trustDomain, "/gateway/local"), SVIDTTL: time.Hour}}
+	st := &Stages{Grants: name}
+	var memo v1alpha1.Memo
+	read := func(text string) (files [][]v1alpha1.Document) {
+		documents[changing] = text
+		for _, name := range slices.Sorted(maps.Keys(documents)) {
+			files = append(files, memo.Decode(name, documents[name]))
+		}
+		memo.Forget()
+		return files
 	}
-	memo.Forget()
+	// The two states that the changing grant goes back and forth between.
+	files := [2][][]v1alpha1.Document{read(granted), read(revoked)}
+	var cfgs [2]segment.Config
+	var assembler v1alpha1.Assembler
+	for i := range files {
+		var problems segment.Problems
+		if cfgs[i], problems = assembler.Assemble(files[i], o); len(problems) > 0 {
+			return problems
+		}
+	}
+	var last [2]*controlplane.Generation
+	var err error
+	if last[0], err = controlplane.Generate(cfgs[0], envoy.Learned{}, time.Now()); err != nil {
+		return err
+	}
+	if last[1], err = controlplane.Regenerate(last[0], cfgs[1], envoy.Learned{}, time.Now()); err != nil {
+		return err
+	}
+	turn := 0
+	st.Decode = least(func() { turn++; read([]string{granted, revoked}[turn%2]) })
+	st.Assemble = least(func() { turn++; _, _ = assembler.Assemble(files[turn%2], o) })
+	policy := authz.Recompile(last[1].Policy, &cfgs[0], time.Now())
+	only, earlier := cfgs[0].For(cfgs[0].Gateways[0]), last[1].Resources["local"]
+	st.Compile = least(func() { authz.Recompile(last[1].Policy, &cfgs[0], time.Now()) })
+	resources := envoy.Lower(&only, policy, envoy.Learned{}, earlier)
+	st.Lower = least(func() { envoy.Lower(&only, policy, envoy.Learned{}, earlier) })
+	st.Check = least(func() { _ = envoy.Check(resources, earlier) })
+	st.First = least(func() { _, _ = controlplane.Generate(cfgs[0], envoy.Learned{}, time.Now()) })
+	st.All = least(func() { _, _ = controlplane.Regenerate(last[1], cfgs[0], envoy.Learned{}, time.Now()) })
+	sent := map[string]bool{}
+	for field, m := range earlier.All() {
+		sent[field+earlier.Version(m)] = true
+	}
+	for field, m := range resources.All() {
+		st.Whole += proto.Size(m)
+		if !sent[field+resources.Version(m)] {
+			st.Sent += proto.Size(m)
+		}
+	}
+	r.Stages = append(r.Stages, st)
+	fmt.Printf("%20s  decode %.1f  assemble %.1f  compile %.1f  lower %.1f  check %.1f  compile, lower, check and digest %.1f, at the first time %.1f; sends %d of %d bytes (%.3f %%)\n",
+		name, st.Decode, st.Assemble, st.Compile, st.Lower, st.Check, st.All, st.First, st.Sent, st.Whole, 100*float64(st.Sent)/float64(st.Whole))
+	return nil
 }
 
 // least is the shortest of several runs, in milliseconds.

@@ -83,8 +83,8 @@ func run(ctx context.Context) error {
 		o.builds = append(o.builds, build{name, path})
 		return nil
 	})
-	o.sizes = []int{10, 1000, 10000}
-	flag.Func("grants", "number of grants to measure with, instead of 10, 1000 and 10000; may be repeated", func(s string) error {
+	o.sizes = []int{10, 1000, 10000, 100000}
+	flag.Func("grants", "number of grants to measure with, instead of 10, 1000, 10000 and 100000; may be repeated", func(s string) error {
 		n, err := strconv.Atoi(s)
 		if err != nil || n < 1 {
 			return fmt.Errorf("%q is not a number of grants", s)

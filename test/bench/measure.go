@@ -93,7 +93,8 @@ func (b *bench) measureLoads(ctx context.Context, r *Report) error {
 	return nil
 }
 
-// measureCatalog compares the requests that the control plane answers with one that the backend does.
+// measureCatalog compares the requests that the control plane answers, and those of which it counts what they use, with one
+// that goes to the backend alone.
 func (b *bench) measureCatalog(ctx context.Context, r *Report) error {
 	s, err := b.sallyport(ctx, b.builds[0], b.documents(1))
 	if err != nil {
@@ -103,11 +104,18 @@ func (b *bench) measureCatalog(ctx context.Context, r *Report) error {
 	if docs.client, err = b.docsClient(s); err != nil {
 		return err
 	}
+	documents := b.documents(1)
+	documents[changing] = granted + "  budget: {requests: {max: 1000000000, per: Month}, tokens: {max: 1000000000000, per: Month}}\n"
+	counted, err := b.sallyport(ctx, b.builds[0], documents)
+	if err != nil {
+		return err
+	}
 	for _, c := range []struct {
 		load load
 		on   *subject
 	}{
 		{chat(300, 0).called("chat, for comparison"), s},
+		{chat(300, 0).called("chat, within a budget"), counted},
 		{load{name: "GET /v1/models", connections: 16, method: http.MethodGet, host: chatHost, path: "/v1/models"}, s},
 		{load{name: "GET a collection by name", connections: 16, method: http.MethodGet, host: docsHost, path: collections + "/" + collectionName}, &docs},
 	} {
@@ -120,7 +128,7 @@ func (b *bench) measureCatalog(ctx context.Context, r *Report) error {
 	for _, c := range r.Catalog {
 		c.Subject, c.Ratio = c.Load, c.Envoy/r.Catalog[0].Envoy
 	}
-	printResults("what the control plane answers", r.Catalog)
+	printResults("what takes a hop more", r.Catalog)
 	return nil
 }
 

@@ -64,8 +64,13 @@ func Grant(name, effect, mode string) *rapid.Generator[string] {
 				from = append(from, fmt.Sprintf("{spiffeID: 'spiffe://example.org%s'}", c))
 			}
 		}
-		return fmt.Sprintf(head+"{effect: %s, mode: %s, from: [%s], to: [%s]%s}\n", "Grant", name, effect, mode,
-			strings.Join(from, ", "), strings.Join(to, ", "), times().Draw(t, "times"))
+		budget := ""
+		if effect == "Allow" && rapid.IntRange(0, 3).Draw(t, "budget") == 0 {
+			budget = fmt.Sprintf(", budget: {requests: {max: %d, per: %s}, scope: %s}", rapid.IntRange(1, 2).Draw(t, "max"),
+				rapid.SampledFrom([]string{"Minute", "Day"}).Draw(t, "per"), rapid.SampledFrom([]string{"Caller", "Shared"}).Draw(t, "scope"))
+		}
+		return fmt.Sprintf(head+"{effect: %s, mode: %s, from: [%s], to: [%s]%s%s}\n", "Grant", name, effect, mode,
+			strings.Join(from, ", "), strings.Join(to, ", "), times().Draw(t, "times"), budget)
 	})
 }
 
@@ -104,7 +109,7 @@ func times() *rapid.Generator[string] {
 }
 
 func some(of []string) *rapid.Generator[[]string] {
-	return rapid.SliceOfNDistinct(rapid.SampledFrom(of), 1, 3, rapid.ID[string])
+	return rapid.SliceOfNDistinct(rapid.SampledFrom(of), 1, min(3, len(of)), rapid.ID[string])
 }
 
 // Grants are documents: up to ten random grants, some of them Deny and some in Shadow mode.

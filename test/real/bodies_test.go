@@ -1,14 +1,16 @@
 package real
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
-	"testing/iotest"
+	"time"
 
 	"sallyport.dev/controlplane/envoy"
 	"sallyport.dev/telemetry"
@@ -137,8 +139,15 @@ var ways = []struct {
 }{
 	{"HTTP/1.1", http1, func(b string) request { return request{body: strings.NewReader(b)} }},
 	{"HTTP/2", http2, func(b string) request { return request{body: strings.NewReader(b)} }},
-	{"HTTP/1.1 in chunks of one byte", http1, func(b string) request { return request{body: iotest.OneByteReader(strings.NewReader(b))} }},
-	{"HTTP/2 in frames of one byte", http2, func(b string) request { return request{body: iotest.OneByteReader(strings.NewReader(b))} }},
+	{"HTTP/1.1 in chunks of one byte", http1, func(b string) request { return request{body: inPieces(b, 1)} }},
+	{"HTTP/1.1 in chunks of 7 bytes", http1, func(b string) request { return request{body: inPieces(b, 7)} }},
+	{"HTTP/1.1 in chunks of 1000 bytes", http1, func(b string) request { return request{body: inPieces(b, 1000)} }},
+	{"HTTP/2 in frames of one byte", http2, func(b string) request { return request{body: inPieces(b, 1)} }},
+	{"HTTP/2 in frames of 7 bytes", http2, func(b string) request { return request{body: inPieces(b, 7)} }},
+	{"HTTP/2 in frames of 1000 bytes", http2, func(b string) request { return request{body: inPieces(b, 1000)} }},
+	{"HTTP/1.1 in chunks with Expect", http1, func(b string) request {
+		return request{body: inPieces(b, 7), header: http.Header{"Expect": {"100-continue"}}}
+	}},
 	{"HTTP/1.1 with Expect", http1, func(b string) request {
 		return request{body: strings.NewReader(b), header: http.Header{"Expect": {"100-continue"}}}
 	}},
@@ -147,7 +156,27 @@ var ways = []struct {
 	}},
 }
 
-const longForOneByte = 5000
+// mostPieces is how many a body is sent in.
+const mostPieces = 5000
+
+// pieces is a body that comes in pieces, of a length that nobody is told.
+type pieces struct {
+	rest string
+	size int
+}
+
+func inPieces(body string, size int) io.Reader {
+	return &pieces{body, max(size, len(body)/mostPieces)}
+}
+
+func (p *pieces) Read(into []byte) (int, error) {
+	if p.rest == "" {
+		return 0, io.EOF
+	}
+	n := copy(into, p.rest[:min(p.size, len(p.rest))])
+	p.rest = p.rest[n:]
+	return n, nil
+}
 
 func TestBodies(t *testing.T) {
 	t.Parallel()
@@ -158,9 +187,6 @@ func TestBodies(t *testing.T) {
 			send := func(body string) answer {
 				r := way.send(body)
 				r.host, r.path = hostOf("bodies"), "/v1/chat/completions"
-				if _, sized := r.body.(*strings.Reader); !sized && len(body) > longForOneByte {
-					r.body = strings.NewReader(body)
-				}
 				return who.send(t, r)
 			}
 			for _, c := range ambiguous {
@@ -269,5 +295,82 @@ func TestSmuggling(t *testing.T) {
 	}
 	if got := b.taken(); len(got) > 0 {
 		t.Errorf("the backend was asked: %+v", got)
+	}
+}
+
+// TestPipelining sends requests on one connection before the first is answered. Each is judged by its own body, wherever it
+// begins and however the bytes come.
+func TestPipelining(t *testing.T) {
+	t.Parallel()
+	u, b := shared(t, "pipelined")
+	who := u.as(t, "/pipelined", http1)
+	post := func(body string, chunk int, more string) string {
+		head := fmt.Sprintf("POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\n%s", chatPath, hostOf("pipelined"), more)
+		if chunk == 0 {
+			return fmt.Sprintf("%sContent-Length: %d\r\n\r\n%s", head, len(body), body)
+		}
+		head += "Transfer-Encoding: chunked\r\n\r\n"
+		for ; body != ""; body = body[min(chunk, len(body)):] {
+			n := min(chunk, len(body))
+			head += fmt.Sprintf("%x\r\n%s\r\n", n, body[:n])
+		}
+		return head + "0\r\n\r\n"
+	}
+	granted, denied, odd := `{"model":"m","messages":[]}`, `{"model":"o","messages":[]}`, `{"model":"m","model":"o"}`
+	hidden := `{"model":"m","a":"` + strings.NewReplacer("\r\n", `\r\n`, `"`, `\"`).Replace(post(denied, 0, "")) + `"}`
+	for _, chunk := range []int{0, 1, 7, 1000} {
+		for _, expect := range []string{"", "Expect: 100-continue\r\n"} {
+			for body, status := range map[string]int{denied: 403, odd: 400} {
+				text := post(granted, chunk, expect) + post(hidden, chunk, expect) + post(granted, 0, "") + post(body, chunk, expect) + post(denied, chunk, expect)
+				for _, size := range []int{1, 100, len(text)} {
+					got, err := who.pipelined(t, hostOf("pipelined"), inPieces(text, size))
+					if want := []int{200, 200, 200, status}; err != nil || !slices.Equal(got, want) {
+						t.Errorf("chunks of %d, pieces of %d, %q: %v %v, want %v", chunk, size, expect, got, err, want)
+					}
+					var asked []string
+					for _, r := range b.taken() {
+						asked = append(asked, r.body)
+					}
+					if !slices.Equal(asked, []string{granted, hidden, granted}) {
+						t.Errorf("chunks of %d, pieces of %d, %q: the backend got %q", chunk, size, expect, asked)
+					}
+				}
+			}
+		}
+	}
+}
+
+// pipelined sends bytes in pieces and reads answers up to the first that is an error: Envoy closes behind it.
+func (c *caller) pipelined(t *testing.T, sni string, text io.Reader) (statuses []int, err error) {
+	t.Helper()
+	conn, err := c.dial(t.Context(), sni)
+	if err != nil {
+		return nil, err
+	}
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		_, _ = io.Copy(struct{ io.Writer }{conn}, text) // how much has come, the answers tell
+	}()
+	defer func() {
+		conn.Close()
+		<-sent
+	}()
+	r := bufio.NewReader(conn)
+	for {
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			return statuses, err
+		}
+		if resp.StatusCode == http.StatusContinue {
+			continue
+		}
+		if a := read(resp); a.err != nil {
+			return statuses, a.err
+		}
+		if statuses = append(statuses, resp.StatusCode); resp.StatusCode != http.StatusOK {
+			return statuses, nil
+		}
 	}
 }

@@ -44,7 +44,7 @@ func TestSupervisorKeepsEnvoy(t *testing.T) {
 // churn supervises an Envoy, ends thousands of threads, and prints how often Envoy was started.
 func churn() {
 	dir := os.Getenv(churnVariable)
-	sockets := envoy.Sockets{Control: filepath.Join(dir, "c"), Identity: filepath.Join(dir, "i"), Catalog: filepath.Join(dir, "k"), Admin: filepath.Join(dir, "a")}
+	sockets := envoy.Sockets{Control: filepath.Join(dir, "c"), Identity: filepath.Join(dir, "i"), Catalog: filepath.Join(dir, "k"), Budget: filepath.Join(dir, "b"), Admin: filepath.Join(dir, "a")}
 	started := make(chan int, 100)
 	s := gateway.Supervisor{Binary: os.Getenv("ENVOY"), Bootstrap: envoy.Bootstrap("churn", sockets), Folder: dir, Concurrency: 1,
 		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)), Started: func(pid int) { started <- pid }}

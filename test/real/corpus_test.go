@@ -1,16 +1,20 @@
 package real
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
-	"net/url"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
 
 	"sallyport.dev/authz"
 	"sallyport.dev/segment"
@@ -20,27 +24,42 @@ import (
 
 const tables = "../../authz/testdata/decisions"
 
-// TestCorpus asks the real Envoy every question of the decision tables, one table after the other in one `up`, and
-// wants the verdict and the rule that the policy gives.
+// carried is how requests of each protocol come.
+var carried = func() map[segment.Protocol][]string {
+	all := map[segment.Protocol][]string{}
+	for _, p := range segment.Protocols() {
+		all[p] = []string{string(http1), string(http2)}
+	}
+	for _, p := range []segment.Protocol{segment.Qdrant, segment.Weaviate, segment.Milvus} {
+		all[p] = append(all[p], "gRPC")
+	}
+	all[segment.GRPC], all[segment.TCP] = []string{"gRPC"}, []string{"TCP"}
+	return all
+}()
+
+// How much TestCorpus asks: generated cases beside the tables, and in all of them together.
+const (
+	generatedCases = 3
+	fewest         = 2000
+)
+
+// TestCorpus asks the real Envoy every question of the decision tables and of some that are generated, one after the other in
+// one `up`, and wants the verdict and the rule that the policy gives. Each question goes there as the requests that ask it by
+// the protocol's table, over HTTP/1.1, HTTP/2 and gRPC. All rows of all tables have their turn.
 func TestCorpus(t *testing.T) {
 	t.Parallel()
 	cases, err := corpus.Load(tables)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := ownBackend(t)
-	for _, c := range cases {
-		for _, l := range c.Lines {
-			if !slices.Contains(b.collections, l.Request.Resource) {
-				b.collections = append(b.collections, l.Request.Resource)
-			}
+	for seed := range generatedCases {
+		c, err := corpus.Generated(seed + 1)
+		if err != nil {
+			t.Fatal(err)
 		}
+		cases = append(cases, c)
 	}
-	u := startUp(t, nil, "--poll", "100ms")
-	folder := t.TempDir()
-	beside := startUp(t, nil, "--poll", "100ms", "--shadow", folder) // for tables with a shadow folder
-	callers := map[*up]map[string]*caller{u: {}, beside: {}}
-	asked := 0
+	q := newInquiry(t, cases)
 	texts := map[string]string{} // of each case: moments of one table at which the same grants hold are loaded once
 	for _, c := range cases {
 		documents, shadow, err := c.Timeless() // Envoy's clock is the real one
@@ -50,45 +69,104 @@ func TestCorpus(t *testing.T) {
 		texts[c.Name] = string(documents) + separator + string(shadow)
 	}
 	slices.SortStableFunc(cases, func(a, b corpus.Case) int { return strings.Compare(texts[b.Name], texts[a.Name]) }) // nothing at all comes last: it is there at first
-	loaded := map[*up]string{}
-	for n, c := range cases {
-		t.Run(c.Name, func(t *testing.T) {
-			config, err := c.Config()
-			if err != nil {
-				t.Fatal(err)
-			}
-			hosts := map[segment.EndpointName]*segment.Endpoint{}
-			for i := range config.Endpoints {
-				hosts[config.Endpoints[i].Name] = &config.Endpoints[i]
-			}
-			u := u
-			if c.Shadow != nil {
-				u = beside
-			}
-			if text := texts[c.Name]; loaded[u] != text {
-				u.load(t, n, text, folder, &config, b)
-				loaded[u] = text
-			}
-			policy := authz.Compile(&config, c.Now)
-			var judged []judgement
-			for _, l := range c.Lines {
-				if j, ok := ask(t, u, callers[u], hosts[l.Request.Endpoint], &l); ok {
-					asked++
-					if j.line != nil {
-						judged = append(judged, j)
-					}
-					if l.Request.Operation == segment.Admin && j.status == http.StatusOK { // it is deleted, which the store does not mean
-						u.known(t, hosts[l.Request.Endpoint], l.Request.Resource)
-					}
-				}
-			}
-			u.compare(t, policy, judged)
-		})
+	for _, c := range cases {
+		t.Run(c.Name, func(t *testing.T) { q.ask(t, &c, texts[c.Name]) })
 	}
-	t.Logf("%d questions asked", asked)
-	if asked < 150 {
-		t.Errorf("only %d questions could be asked", asked)
+
+	total := 0
+	for _, n := range q.asked {
+		total += n
 	}
+	t.Logf("%d decisions: %v", total, q.asked)
+	if total < fewest {
+		t.Errorf("only %d decisions could be asked for", total)
+	}
+	for _, p := range segment.Protocols() {
+		for _, how := range carried[p] {
+			if q.asked[string(p)+" "+how] < 25 {
+				t.Errorf("%s: only %d decisions over %s", p, q.asked[string(p)+" "+how], how)
+			}
+		}
+		for _, r := range p.Routes() {
+			if q.rows[string(p)+" "+r.Name] == 0 {
+				t.Errorf("%s: nobody has asked %s", p, r.Name)
+			}
+		}
+	}
+}
+
+// inquiry is an `up` and what was asked of it.
+type inquiry struct {
+	u, beside *up    // beside: for cases with a shadow folder
+	folder    string // of that one
+	backend   *recorder
+	names     []string       // all collections that there are
+	loaded    map[*up]string // what it was given last
+	loads     int
+	callers   map[*up]map[string]*caller
+	asked     map[string]int // requests, by protocol and how they were sent
+	rows      map[string]int // requests, by protocol and row
+	variants  map[string]int
+	deleted   int // collections, of which there are not many: it takes time until they are known again
+}
+
+// newInquiry needs to know all cases that will be asked, for the collections in them.
+func newInquiry(t testing.TB, cases []corpus.Case) *inquiry {
+	t.Helper()
+	q := &inquiry{folder: t.TempDir(), backend: newRecorder(), loaded: map[*up]string{}, asked: map[string]int{}, rows: map[string]int{}, variants: map[string]int{}}
+	t.Cleanup(func() {
+		q.backend.server.CloseClientConnections()
+		q.backend.server.Close()
+	})
+	for _, c := range cases {
+		for _, l := range c.Lines {
+			if !slices.Contains(q.names, l.Request.Resource) {
+				q.names = append(q.names, l.Request.Resource)
+			}
+		}
+	}
+	q.backend.answer = func(r *http.Request) string {
+		if r.Method == http.MethodGet && r.URL.Path == listPath {
+			return listOf(q.names)
+		}
+		if strings.HasSuffix(r.Header.Get("mcp-method"), "/list") {
+			return `{"jsonrpc":"2.0","id":1,"result":{"tools":[],"prompts":[],"resources":[],"resourceTemplates":[]}}`
+		}
+		return "{}"
+	}
+	q.u = startUp(t, nil, "--poll", "100ms")
+	if slices.ContainsFunc(cases, func(c corpus.Case) bool { return c.Shadow != nil }) {
+		q.beside = startUp(t, nil, "--poll", "100ms", "--shadow", q.folder)
+	}
+	q.callers = map[*up]map[string]*caller{q.u: {}, q.beside: {}}
+	return q
+}
+
+// ask loads a case and asks all that stands in it.
+func (q *inquiry) ask(t *testing.T, c *corpus.Case, text string) {
+	t.Helper()
+	config, err := c.Config()
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := q.u
+	if c.Shadow != nil {
+		u = q.beside
+	}
+	if q.loaded[u] != text {
+		q.load(t, u, text, &config)
+		q.loaded[u] = text
+	}
+	policy := authz.Compile(&config, c.Now)
+	var judged []judgement
+	for _, l := range c.Lines {
+		for _, j := range q.line(t, u, config.Endpoint(l.Request.Endpoint), &l) {
+			if j.line != nil {
+				judged = append(judged, j)
+			}
+		}
+	}
+	u.compare(t, policy, judged)
 }
 
 // separator stands between the documents of a case and those of its shadow folder.
@@ -98,18 +176,19 @@ var backendAddress = regexp.MustCompile(`127\.0\.0\.1:\d+`)
 
 // load makes the documents of a case the only ones, and returns when all of them are in force: a caller of this
 // load only, with a grant to everything, gets through everywhere.
-func (u *up) load(t *testing.T, n int, text, shadowFolder string, config *segment.Config, b *backend) {
+func (q *inquiry) load(t *testing.T, u *up, text string, config *segment.Config) {
 	t.Helper()
-	text, tried, _ := strings.Cut(backendAddress.ReplaceAllString(text, b.address()), separator)
+	q.loads++
+	n := q.loads
+	text, tried, _ := strings.Cut(backendAddress.ReplaceAllString(text, q.backend.address()), separator)
 	beside := tried != ""
 	canary := fmt.Sprintf("/canary/%d", n)
 	for _, e := range config.Endpoints {
-		operations := map[segment.Protocol]string{segment.OpenAI: "Infer", segment.Chroma: "Write"}[e.Protocol] // which no table denies to everybody
-		text += grant("canary-"+string(e.Name), canary, string(e.Name), operations, "'*'")
-		tried += grant(fmt.Sprintf("tried-%d-%s", n, e.Name), canary, string(e.Name), operations, "'*'")
+		text += grant("canary-"+string(e.Name), canary, string(e.Name), string(passing(e.Protocol)), "'*'")
+		tried += grant(fmt.Sprintf("tried-%d-%s", n, e.Name), canary, string(e.Name), string(passing(e.Protocol)), "'*'")
 	}
 	if beside {
-		write(t, u.dir, shadowFolder, "case.yaml", tried)
+		write(t, u.dir, q.folder, "case.yaml", tried)
 	}
 	before := u.status(t)
 	u.write(t, "case.yaml", text)
@@ -120,15 +199,12 @@ func (u *up) load(t *testing.T, n int, text, shadowFolder string, config *segmen
 		}
 		return st.Generation.Digest != before.Generation.Digest && st.Gateways[0].InForce == string(st.Generation.Digest)
 	})
-	who := u.as(t, canary, http2)
-	u.canary = who
-	for _, e := range config.Endpoints {
-		ask := request{method: http.MethodGet, host: e.Hostnames[0], path: "/v1/models"}
-		if e.Protocol == segment.Chroma {
-			ask.method, ask.path = http.MethodPost, listPath+"/"+uuidOf(b.collections[0])+"/upsert"
-		}
+	u.canary = u.as(t, canary, http2)
+	for i := range config.Endpoints {
+		e := &config.Endpoints[i]
+		through := corpus.Questions(e, passing(e.Protocol), q.anyName(e), uuidOf)[0]
 		eventually(t, "way through "+string(e.Name), func() bool {
-			a := who.send(t, ask)
+			a := send(t, u.canary, e, &through)
 			if a.status != http.StatusOK || !beside {
 				return a.status == http.StatusOK
 			}
@@ -137,63 +213,187 @@ func (u *up) load(t *testing.T, n int, text, shadowFolder string, config *segmen
 	}
 }
 
+// passing is an operation of the protocol which no table denies to everybody.
+func passing(p segment.Protocol) segment.Operation {
+	if p == segment.Chroma {
+		return segment.Write
+	}
+	return p.Operations()[0]
+}
+
+// anyName is a resource that the endpoint has.
+func (q *inquiry) anyName(e *segment.Endpoint) string {
+	switch e.Protocol {
+	case segment.Weaviate:
+		return "A"
+	case segment.HTTP:
+		return "/a"
+	case segment.GRPC:
+		return "p.A/M"
+	case segment.MCP:
+		return "tool/a"
+	case segment.TCP:
+		return ""
+	case segment.OpenAI:
+		if len(e.Models) > 0 {
+			return e.Models[0].Name
+		}
+	}
+	i := slices.IndexFunc(q.names, inUUIDs.MatchString)
+	return q.names[max(i, 0)]
+}
+
 // known waits until requests find a collection by its UUID again.
 func (u *up) known(t *testing.T, e *segment.Endpoint, name string) {
 	t.Helper()
-	if e.Protocol != segment.Chroma {
-		return
-	}
 	ask := request{method: http.MethodPost, host: e.Hostnames[0], path: listPath + "/" + uuidOf(name) + "/upsert"}
 	eventually(t, name+" known again", func() bool { return u.canary.send(t, ask).status == http.StatusOK })
 }
 
 // judgement is an answer that must have left a flow. Without a line there is nothing more to check.
 type judgement struct {
-	line *corpus.Line
+	line     *corpus.Line
+	question *corpus.Question
 	answer
+	flow *telemetry.Flow // nil: the one that has the answer's ID
 }
 
-// ask asks one question, if it can be asked at all. What needs no flow is checked here.
-func ask(t *testing.T, u *up, callers map[string]*caller, e *segment.Endpoint, l *corpus.Line) (j judgement, asked bool) {
+// inUUIDs are the names of collections that have a UUID. Every other is denied by default.
+var inUUIDs = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
+
+// line asks what stands in one line, by those requests that were asked least.
+func (q *inquiry) line(t *testing.T, u *up, e *segment.Endpoint, l *corpus.Line) (all []judgement) {
+	t.Helper()
 	r := l.Request
-	who := callers[r.Caller]
-	if who == nil {
-		who = u.with(t, http2, u.keys.sign(t, svid(r.Caller, time.Hour)))
-		callers[r.Caller] = who
-	}
-	ask, ok := request{method: http.MethodGet, host: "missing.internal", path: "/v1/models"}, true
-	if e != nil {
-		ask, ok = question(e, r)
-	}
-	if !ok {
-		return judgement{}, false
-	}
-	a := who.send(t, ask)
-	_, err := spiffeid.FromString(r.Caller)
-	switch {
-	case e == nil, !strings.HasPrefix(r.Caller, domain+"/"): // no such server name, or not a member: no connection
+	_, noID := spiffeid.FromString(r.Caller)
+	outside := e == nil || !strings.HasPrefix(r.Caller, domain+"/") // no such server name, or not a member: no connection
+	if outside {
+		a := q.caller(t, u, r.Caller, http2).send(t, request{method: http.MethodGet, host: "missing.internal", path: "/v1/models"})
+		if e != nil {
+			a = q.caller(t, u, r.Caller, http2).send(t, request{method: http.MethodGet, host: e.Hostnames[0], path: "/v1/models"})
+		}
 		if a.err == nil && (e == nil || e.Tokens == nil || a.status != http.StatusUnauthorized) { // with tokens, TLS lets everybody in
 			t.Errorf("%s: %+v got through TLS: %v", l.Pos, r, a)
 		}
-		return judgement{}, true
-	case a.err != nil:
-		if err == nil || l.Want.Allowed { // whoever has no SPIFFE ID may be kept out by TLS already
-			t.Errorf("%s: %+v: %v", l.Pos, r, a)
-		}
-		return judgement{}, true
-	case ask.body != nil && !plain(r.Resource): // never judged, because other parsers might read another name
-		if a.status != http.StatusBadRequest {
-			t.Errorf("%s: %+v got %v, want 400", l.Pos, r, a)
-		}
-		return judgement{}, true
-	case e.Protocol == segment.Chroma && r.Operation != segment.Enter && !expressible[e.Protocol].MatchString(r.Resource):
-		if a.status != http.StatusForbidden { // no collection is called like this, so its UUID is nobody's
-			t.Errorf("%s: %+v got %v, want 403", l.Pos, r, a)
-		}
-		return judgement{}, true
+		return nil
 	}
-	return judgement{l, a}, true
+	questions := corpus.Questions(e, r.Operation, r.Resource, uuidOf)
+	key := func(x *corpus.Question) string { return string(e.Protocol) + " " + x.Route.Name + " " + x.Variant }
+	slices.SortStableFunc(questions, func(a, b corpus.Question) int { return cmp.Compare(q.variants[key(&a)], q.variants[key(&b)]) })
+	for _, x := range questions[:min(len(questions), max(3, len(questions)/3))] {
+		removes := e.Protocol == segment.Chroma && x.Route.Answer == segment.FromCatalog && x.Route.Operation == segment.Admin && l.Want.Allowed
+		if removes {
+			if q.deleted++; q.deleted > 12 {
+				continue
+			}
+		}
+		version := []version{http2, http1}[q.variants[key(&x)]%2]
+		how := string(version)
+		switch x.Route.Kind {
+		case segment.Unary, segment.Streaming:
+			version, how = http2, "gRPC"
+		case segment.WebSocket:
+			version, how = http1, "WebSocket"
+		}
+		if e.Protocol == segment.TCP {
+			how = "TCP"
+		}
+		q.variants[key(&x)]++
+		q.rows[string(e.Protocol)+" "+x.Route.Name]++
+		q.asked[string(e.Protocol)+" "+how]++
+
+		q.backend.taken()
+		begin := time.Now()
+		a := send(t, q.caller(t, u, r.Caller, version), e, &x)
+		got := slices.DeleteFunc(q.backend.taken(), func(r received) bool { return strings.HasPrefix(r.path, listPath+"?limit=") }) // the catalogue asks by itself
+		switch {
+		case a.err != nil:
+			if noID == nil || l.Want.Allowed { // whoever has no SPIFFE ID may be kept out by TLS already
+				t.Errorf("%s: %+v by %s %s: %v", l.Pos, r, x.Route.Name, x.Variant, a)
+			}
+			continue
+		case x.Refused: // never judged, because other parsers might read another name
+			if a.status != http.StatusBadRequest || len(got) > 0 {
+				t.Errorf("%s: %+v by %s %s got %v, want 400", l.Pos, r, x.Route.Name, x.Variant, a)
+			}
+			continue
+		case e.Protocol == segment.Chroma && r.Resource != "" && !inUUIDs.MatchString(r.Resource):
+			if a.status != http.StatusForbidden || len(got) > 0 { // no collection is called like this, so its UUID is nobody's
+				t.Errorf("%s: %+v by %s got %v, want 403", l.Pos, r, x.Route.Name, a)
+			}
+			continue
+		case e.Protocol == segment.TCP:
+			flow := u.flows(t, 1, func(f telemetry.Flow) bool {
+				return f.Endpoint == e.Name && f.Caller.String() == r.Caller && !f.Time.Before(begin.Truncate(time.Millisecond))
+			})[0]
+			all = append(all, judgement{l, &x, a, &flow})
+			continue
+		case x.Route.Answer == segment.FromBackend && l.Want.Allowed != (len(got) == 1 && got[0].method == x.Route.Method && got[0].path == x.Path):
+			t.Errorf("%s: %+v by %s %s: want %+v, and the backend was asked %+v", l.Pos, r, x.Route.Name, x.Variant, l.Want, got)
+		}
+		if removes { // the store does not mean it
+			u.known(t, e, r.Resource)
+		}
+		all = append(all, judgement{l, &x, a, nil})
+	}
+	return all
 }
+
+// caller is one who asks again and again.
+func (q *inquiry) caller(t *testing.T, u *up, id string, v version) *caller {
+	t.Helper()
+	key := id + " " + string(v)
+	if q.callers[u][key] == nil {
+		q.callers[u][key] = u.with(t, v, u.keys.sign(t, svid(id, time.Hour)))
+	}
+	return q.callers[u][key]
+}
+
+// send sends a question. What it asked of gRPC or a WebSocket has the status that HTTP has for it.
+func send(t *testing.T, who *caller, e *segment.Endpoint, x *corpus.Question) answer {
+	t.Helper()
+	r := request{method: x.Route.Method, host: e.Hostnames[0], path: x.Path, header: http.Header{}}
+	for name, value := range x.Header {
+		r.header.Set(name, value)
+	}
+	if x.Body != "" {
+		r.body = strings.NewReader(x.Body)
+	}
+	if e.Protocol == segment.TCP {
+		return who.through(t, e.Hostnames[0])
+	}
+	switch x.Route.Kind {
+	case segment.WebSocket:
+		conn, _, a := who.upgrade(t, e.Hostnames[0], x.Path, "")
+		conn.Close()
+		if a.status == http.StatusSwitchingProtocols {
+			a.status = http.StatusOK
+		}
+		return a
+	case segment.Unary, segment.Streaming:
+		code, said, a := who.called(t.Context(), r)
+		if a.err == nil && a.status == http.StatusOK {
+			a.status, a.body = ofGRPC[code], said
+		}
+		return a
+	}
+	return who.send(t, r)
+}
+
+// through sends a request over a connection that is let through or not. A backend that answers is there, and none is denied.
+func (c *caller) through(t *testing.T, host string) answer {
+	t.Helper()
+	plain := *c
+	plain.config = c.config.Clone()
+	plain.config.NextProtos = nil
+	a := plain.raw(t, host, "GET /through HTTP/1.1\r\nHost: any\r\nConnection: close\r\n\r\n")
+	if errors.Is(a.err, io.ErrUnexpectedEOF) || errors.Is(a.err, io.EOF) || errors.Is(a.err, syscall.ECONNRESET) {
+		return answer{status: http.StatusForbidden}
+	}
+	return a
+}
+
+var ofGRPC = map[codes.Code]int{codes.OK: 200, codes.InvalidArgument: 400, codes.Unauthenticated: 401, codes.PermissionDenied: 403}
 
 // compare checks what was answered and recorded.
 func (u *up) compare(t *testing.T, policy *authz.Policy, judged []judgement) {
@@ -202,77 +402,29 @@ func (u *up) compare(t *testing.T, policy *authz.Policy, judged []judgement) {
 	status := map[bool]int{true: http.StatusOK, false: http.StatusForbidden}
 	ids := map[string]bool{}
 	for _, j := range judged {
-		ids[j.id()] = true
+		if j.flow == nil {
+			ids[j.id()] = true
+		}
 	}
 	recorded := map[string]telemetry.Flow{}
-	for _, f := range u.flows(t, len(judged), func(f telemetry.Flow) bool { return ids[f.ID] }) {
+	for _, f := range u.flows(t, len(ids), func(f telemetry.Flow) bool { return ids[f.ID] }) {
 		recorded[f.ID] = f
 	}
 	for _, j := range judged {
 		l, r, got := j.line, j.line.Request, recorded[j.id()]
-		if j.status != status[l.Want.Allowed] || got.Verdict != want[l.Want.Allowed] || got.Rule != string(l.Want.Rule) {
-			t.Errorf("%s: %+v: got %v with %s by %s, want %+v", l.Pos, r, j.answer, got.Verdict, got.Rule, l.Want)
+		if j.flow != nil {
+			got = *j.flow
+		}
+		as := strings.TrimSpace(j.question.Route.Name + " " + j.question.Variant)
+		answered := j.status == status[l.Want.Allowed]
+		if j.question.Route.Answer == segment.FromCatalog && l.Want.Allowed { // it may have found nothing
+			answered = j.status != 0
+		}
+		if !answered || got.Verdict != want[l.Want.Allowed] || got.Rule != string(l.Want.Rule) || got.Operation != r.Operation {
+			t.Errorf("%s: %+v by %s: got %v with %s %s by %s, want %+v", l.Pos, r, as, j.answer, got.Operation, got.Verdict, got.Rule, l.Want)
 		}
 		if policy.Endpoints[r.Endpoint].Shadowed && (got.Shadow != want[l.Want.ShadowAllowed] || got.ShadowBy != string(l.Want.ShadowRule)) {
-			t.Errorf("%s: %+v: got shadow %s by %s, want %+v", l.Pos, r, got.Shadow, got.ShadowBy, l.Want)
+			t.Errorf("%s: %+v by %s: got shadow %s by %s, want %+v", l.Pos, r, as, got.Shadow, got.ShadowBy, l.Want)
 		}
 	}
-}
-
-// plain reports whether a name can stand in a body as it is.
-func plain(name string) bool {
-	return name != "" && fmt.Sprintf("%q", name) == `"`+name+`"`
-}
-
-// expressible are the names that can stand in a path. Every other is denied by default.
-var expressible = map[segment.Protocol]*regexp.Regexp{
-	segment.OpenAI: regexp.MustCompile(`^[A-Za-z0-9._:/@-]+$`),
-	segment.Chroma: regexp.MustCompile(`^[A-Za-z0-9._-]+$`),
-}
-
-// question is the HTTP request that asks for an operation on a resource, if there is one.
-func question(e *segment.Endpoint, r authz.Request) (request, bool) {
-	ask := request{host: e.Hostnames[0], method: http.MethodPost}
-	model := func(path string) (request, bool) {
-		ask.path, ask.body = path, strings.NewReader(`{"model":`+quoted(r.Resource)+`,"messages":[]}`)
-		return ask, e.Protocol == segment.OpenAI
-	}
-	named := func(method, path string) (request, bool) {
-		ask.method, ask.path = method, path+"/"+url.PathEscape(r.Resource)
-		return ask, expressible[e.Protocol].MatchString(r.Resource)
-	}
-	switch {
-	case r.Operation == segment.Infer:
-		return model("/v1/chat/completions")
-	case r.Operation == segment.Embed:
-		return model("/v1/embeddings")
-	case r.Operation == segment.Discover && e.Protocol == segment.OpenAI:
-		return named(http.MethodGet, "/v1/models")
-	case r.Operation == segment.Enter && e.Protocol == segment.OpenAI:
-		ask.method, ask.path = http.MethodGet, "/v1/models"
-		return ask, r.Resource == ""
-	case e.Protocol != segment.Chroma:
-		return ask, false
-	}
-	switch r.Operation {
-	case segment.Read:
-		ask.path, ask.body = listPath+"/"+uuidOf(r.Resource)+"/query", nil
-		return ask, true
-	case segment.Write:
-		ask.path = listPath + "/" + uuidOf(r.Resource) + "/upsert"
-		return ask, true
-	case segment.Admin:
-		return named(http.MethodDelete, listPath)
-	case segment.Discover:
-		return named(http.MethodGet, listPath)
-	case segment.Enter:
-		ask.method, ask.path = http.MethodGet, "/api/v2/heartbeat"
-		return ask, r.Resource == ""
-	}
-	return ask, false
-}
-
-// quoted writes a JSON string with no more escapes than must be.
-func quoted(s string) string {
-	return `"` + strings.NewReplacer(`"`, `\"`, `\`, `\\`, "\n", `\n`, "\x00", `\u0000`).Replace(s) + `"`
 }

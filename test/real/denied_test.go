@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"sallyport.dev/controlplane/envoy"
 	"sallyport.dev/telemetry"
 )
 
@@ -26,7 +27,7 @@ func TestDenied(t *testing.T) {
 	folder := t.TempDir()
 	u.writePEM(t, folder, "/stranger")
 	_, port, _ := net.SplitHostPort(u.listen)
-	python, _ := filepath.Abs("../../.parts/venv/bin/python")
+	python, _ := filepath.Abs(clientsPython) // which has what httpx needs for HTTP/2
 	type run func(t *testing.T, number string, size int, expect bool) (status int, body string)
 	script := func(program ...string) run {
 		return func(t *testing.T, number string, size int, expect bool) (int, string) {
@@ -77,15 +78,21 @@ func TestDenied(t *testing.T) {
 			}
 		}
 		for _, number := range []string{"1", "2"} {
-			if name == "httpx" && number == "2" && exec.Command(python, "-c", "import h2").Run() != nil {
-				continue // httpx speaks HTTP/2 only with a further package
-			}
-			for _, size := range []int{0, 1 << 20} {
+			for _, size := range []int{0, 1 << 20, 12 << 20, envoy.MaxBodyBytes + 1<<20} {
+				if (name == "curl" || name == "httpx") && number == "2" && size > envoy.MaxBodyBytes {
+					continue // they drop an answer that comes before they have sent all, as they must not (RFC 9113, section 8.1)
+				}
 				for _, expect := range []bool{false, true} {
 					t.Run(fmt.Sprintf("%s/HTTP %s/%d bytes/expect %v", name, number, size, expect), func(t *testing.T) {
 						total++
 						status, body := ask(t, number, size, expect)
 						var p problem
+						if size > envoy.MaxBodyBytes { // refused before it has all come
+							if err := json.Unmarshal([]byte(body), &p); err != nil || status != http.StatusRequestEntityTooLarge || p.Error.Code != "request_too_large" {
+								t.Errorf("got %d %s", status, body)
+							}
+							return
+						}
 						if err := json.Unmarshal([]byte(body), &p); err != nil || status != http.StatusForbidden {
 							t.Fatalf("got %d %s", status, body)
 						}

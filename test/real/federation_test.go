@@ -121,12 +121,13 @@ func (s side) comes(t *testing.T, path string, to side) *caller {
 func TestFederation(t *testing.T) {
 	t.Parallel()
 	b := ownBackend(t)
-	one := newSide(t, "one.test", openAI("chat", b))
+	wire := newWire(t, nil, echo)
+	one := newSide(t, "one.test", openAI("chat", b)+endpoint("wire", "TCP", wire.address()))
 	two := newSide(t, "two.test", openAI("own", b)+workload("two.test", "stranger", ""))
 	one.write(t, "two.yaml", two.document(t))
 	two.write(t, "one.yaml", one.document(t))
 	two.write(t, "app.yaml", workload("two.test", "app", ", federatesWith: [one.test]"))
-	one.write(t, "grant.yaml", strings.ReplaceAll(grant("app", "/app", "chat", "Infer", "m"), "example.org", "two.test"))
+	one.write(t, "grant.yaml", strings.ReplaceAll(grant("app", "/app", "chat", "Infer", "m")+grant("wire", "/app", "wire", "Connect", "'*'"), "example.org", "two.test"))
 	one.knows(t, two)
 	two.knows(t, one)
 
@@ -144,6 +145,9 @@ func TestFederation(t *testing.T) {
 	wantProblem(t, a, http.StatusForbidden, "no_grant")
 	if f := one.flow(t, a); f.Verdict != telemetry.Denied || f.Caller.String() != "spiffe://two.test/stranger" {
 		t.Errorf("recorded as %+v", f)
+	}
+	if !app.reaches(t, "wire") || stranger.reaches(t, "wire") || wire.taken() != 1 {
+		t.Error("a connection is judged in another way")
 	}
 	// Nobody speaks for another trust domain's members, whichever of the two he has keys of.
 	for _, who := range []struct {

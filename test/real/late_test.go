@@ -118,7 +118,7 @@ func TestAuthorizationThatNeverComes(t *testing.T) {
 // serveParts serves identities and resources to one gateway, and gives u the authority.
 func serveParts(t *testing.T, dir string, options v1alpha1.Options, resources *envoy.Resources, u *up) envoy.Sockets {
 	t.Helper()
-	sockets := envoy.Sockets{Control: filepath.Join(dir, "c"), Identity: filepath.Join(dir, "i"), Catalog: filepath.Join(dir, "k"), Admin: filepath.Join(dir, "a")}
+	sockets := envoy.Sockets{Control: filepath.Join(dir, "c"), Identity: filepath.Join(dir, "i"), Catalog: filepath.Join(dir, "k"), Budget: filepath.Join(dir, "b"), Admin: filepath.Join(dir, "a")}
 	authority, err := disk.Open(filepath.Join(dir, "ca"), options.TrustDomain, time.Now())
 	if err != nil {
 		t.Fatal(err)

@@ -5,9 +5,9 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -105,17 +105,22 @@ func call(t *testing.T, conn *grpc.ClientConn, method string, m message) error {
 
 // rpc sends bytes as a call of gRPC, whatever they are, and returns gRPC's status and message.
 func (c *caller) rpc(endpoint, path, body string, header http.Header) (codes.Code, string) {
-	r := request{host: hostOf(endpoint), path: path, body: strings.NewReader(body), header: http.Header{"Content-Type": {"application/grpc"}, "Te": {"trailers"}}}
-	for k, v := range header {
-		r.header[k] = v
-	}
-	req, err := r.build(context.Background())
+	code, said, _ := c.called(context.Background(), request{host: hostOf(endpoint), path: path, body: strings.NewReader(body), header: header})
+	return code, said
+}
+
+// called is rpc with all that came as the answer.
+func (c *caller) called(ctx context.Context, r request) (codes.Code, string, answer) {
+	header := http.Header{"Content-Type": {"application/grpc"}, "Te": {"trailers"}}
+	maps.Copy(header, r.header)
+	r.header = header
+	req, err := r.build(ctx)
 	if err != nil {
-		return codes.Unknown, err.Error()
+		return codes.Unknown, err.Error(), answer{err: err}
 	}
 	resp, err := c.client.Do(req)
 	if err != nil {
-		return codes.Unavailable, err.Error()
+		return codes.Unavailable, err.Error(), answer{err: err}
 	}
 	a := read(resp)
 	code, said := resp.Header.Get("Grpc-Status"), resp.Header.Get("Grpc-Message")
@@ -123,13 +128,13 @@ func (c *caller) rpc(endpoint, path, body string, header http.Header) (codes.Cod
 		code, said = resp.Trailer.Get("Grpc-Status"), resp.Trailer.Get("Grpc-Message")
 	}
 	if said, err = url.PathUnescape(said); err != nil {
-		return codes.Unknown, err.Error()
+		return codes.Unknown, err.Error(), a
 	}
 	var n int
 	if _, err := fmt.Sscan(code, &n); err != nil {
-		return codes.Unknown, fmt.Sprintf("no status of gRPC: %v", a)
+		return codes.Unknown, fmt.Sprintf("no status of gRPC: %v", a), a
 	}
-	return codes.Code(n), said
+	return codes.Code(n), said, a
 }
 
 // gRPC is a call and what must become of it.
@@ -425,7 +430,7 @@ func TestWebSocket(t *testing.T) {
 		_, err := io.ReadFull(r, make([]byte, 5))
 		return err
 	}
-	conn, r, a := app.upgrade(t, "ai", "/v1/realtime?model=m", "")
+	conn, r, a := app.upgrade(t, hostOf("ai"), "/v1/realtime?model=m", "")
 	if a.status != http.StatusSwitchingProtocols {
 		t.Fatal(a)
 	}
@@ -452,7 +457,7 @@ func TestWebSocket(t *testing.T) {
 		"no row":                   {"ai", "/x", "", 403},
 		"a live session":           {"gemini", "/ws/google.ai.generativelanguage.v1beta.GenerativeService.BidiGenerateContent", "", 403},
 	} {
-		if _, _, a := app.upgrade(t, q.endpoint, q.path, q.header); a.status != q.want {
+		if _, _, a := app.upgrade(t, hostOf(q.endpoint), q.path, q.header); a.status != q.want {
 			t.Errorf("%s: %v, want %d", what, a, q.want)
 		}
 	}
@@ -461,16 +466,16 @@ func TestWebSocket(t *testing.T) {
 			t.Errorf("the backend was asked: %+v", got)
 		}
 	}
-	if _, _, a := p.as(t, "/root", http1).upgrade(t, "gemini", "/ws/google.ai.generativelanguage.v1beta.GenerativeService.BidiGenerateContent", ""); a.status != http.StatusSwitchingProtocols {
+	if _, _, a := p.as(t, "/root", http1).upgrade(t, hostOf("gemini"), "/ws/google.ai.generativelanguage.v1beta.GenerativeService.BidiGenerateContent", ""); a.status != http.StatusSwitchingProtocols {
 		t.Errorf("with a grant on everything: %v", a)
 	}
 	// What is upgraded on a row that is no WebSocket is not.
-	if _, _, a := p.as(t, "/root", http1).upgrade(t, "ai", "/v1/files", ""); a.status != http.StatusForbidden || len(p.servers["ai"].taken()) > 0 {
+	if _, _, a := p.as(t, "/root", http1).upgrade(t, hostOf("ai"), "/v1/files", ""); a.status != http.StatusForbidden || len(p.servers["ai"].taken()) > 0 {
 		t.Errorf("an upgrade of files: %v", a)
 	}
 	// No time at all is not all the time.
 	for _, timeout := range []string{"0S", "1n", "00000000m"} {
-		if conn, r, a := app.upgrade(t, "ai", "/v1/realtime?model=m", "Grpc-Timeout: "+timeout+"\r\n"); a.status == http.StatusSwitchingProtocols {
+		if conn, r, a := app.upgrade(t, hostOf("ai"), "/v1/realtime?model=m", "Grpc-Timeout: "+timeout+"\r\n"); a.status == http.StatusSwitchingProtocols {
 			_ = conn.SetReadDeadline(time.Now().Add(patience))
 			if _, err := r.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("%s: %v", timeout, err)
@@ -479,7 +484,7 @@ func TestWebSocket(t *testing.T) {
 	}
 	t.Run("ends", func(t *testing.T) {
 		cert, end := p.endsIn(t, "/app", 4*time.Second)
-		conn, r, a := p.with(t, http1, cert).upgrade(t, "ai", "/v1/realtime?model=m", "Grpc-Timeout: 1H\r\n")
+		conn, r, a := p.with(t, http1, cert).upgrade(t, hostOf("ai"), "/v1/realtime?model=m", "Grpc-Timeout: 1H\r\n")
 		if a.status != http.StatusSwitchingProtocols {
 			t.Fatal(a)
 		}

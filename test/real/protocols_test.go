@@ -17,7 +17,8 @@ import (
 // gRPC over HTTP/2 in plain text. Whatever comes by gRPC is sent back.
 type recorder struct {
 	server *httptest.Server
-	answer func(r *http.Request) string // of HTTP; nil: "{}"
+	answer func(r *http.Request) string // of HTTP, with a status before it if that is not 200; nil: "{}"; "": 404
+	reply  func(path string) message    // of gRPC; nil: what came
 	mu     sync.Mutex
 	got    []received
 }
@@ -66,6 +67,11 @@ func (b *recorder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if b.answer != nil {
 			text = b.answer(r)
 		}
+		status := http.StatusNotFound
+		if n, _ := fmt.Sscanf(text, "%3d ", &status); n == 1 || text == "" {
+			text = text[min(len(text), len("404 ")):]
+			w.WriteHeader(status)
+		}
 		for flush := http.NewResponseController(w); text != ""; _ = flush.Flush() { // in pieces, which may come one by one
 			n := min(len(text), 41)
 			_, _ = io.WriteString(w, text[:n])
@@ -74,7 +80,7 @@ func (b *recorder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// echo sends back each piece as it comes, so that streams go both ways.
+// echo sends back each piece as it comes, so that streams go both ways, or replies.
 func (b *recorder) echo(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("content-type", "application/grpc")
 	w.Header().Set("trailer", "grpc-status")
@@ -85,13 +91,18 @@ func (b *recorder) echo(w http.ResponseWriter, r *http.Request) {
 	for {
 		n, err := r.Body.Read(piece)
 		all.Write(piece[:n])
-		_, _ = w.Write(piece[:n])
+		if b.reply == nil {
+			_, _ = w.Write(piece[:n])
+		}
 		_ = flush.Flush()
 		if err != nil {
 			break
 		}
 	}
 	b.keep(r, all.String())
+	if b.reply != nil {
+		_, _ = io.WriteString(w, b.reply(r.URL.Path).frame())
+	}
 	w.Header().Set("grpc-status", "0")
 }
 
@@ -456,15 +467,15 @@ func TestUsage(t *testing.T) {
 // --- WebSockets ---
 
 // upgrade asks for a WebSocket, and returns the connection if it becomes one.
-func (c *caller) upgrade(t *testing.T, endpoint, path, more string) (net.Conn, *bufio.Reader, answer) {
+func (c *caller) upgrade(t *testing.T, host, path, more string) (net.Conn, *bufio.Reader, answer) {
 	t.Helper()
-	conn, err := c.dial(t.Context(), hostOf(endpoint))
+	conn, err := c.dial(t.Context(), host)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
 	_, _ = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n%s\r\n",
-		path, hostOf(endpoint), base64.StdEncoding.EncodeToString(make([]byte, 16)), more)
+		path, host, base64.StdEncoding.EncodeToString(make([]byte, 16)), more)
 	r := bufio.NewReader(conn)
 	resp, err := http.ReadResponse(r, nil)
 	if err != nil {

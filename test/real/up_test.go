@@ -297,10 +297,14 @@ func shared(t testing.TB, endpoint string) (*up, *backend) {
 // documents are an endpoint for each test that has one here.
 func (c *commonUp) documents() string {
 	var text string
-	for _, name := range []string{"bodies", "encoded", "large", "smuggling", "streams", "leaving", "paths", "headers", "denied", "traces", "tls", "other"} {
+	for _, name := range []string{"bodies", "suite", "encoded", "large", "smuggling", "streams", "leaving", "paths", "headers", "denied", "traces", "tls", "other"} {
 		c.backends[name] = newBackend()
 		text += openAI(name, c.backends[name]) +
 			grant(name+"-all", "/"+name, name, "Infer, Embed", "'*'")
+	}
+	for _, name := range []string{"fuzzed", "pipelined"} {
+		c.backends[name] = newBackend()
+		text += openAI(name, c.backends[name]) + grant(name+"-m", "/"+name, name, "Infer", "m")
 	}
 	for _, name := range []string{"vectors"} {
 		c.backends[name] = newBackend()

@@ -18,7 +18,7 @@ if (version === '1') {
   });
   if (expect) { req.on('continue', () => req.end(body)); req.flushHeaders(); } else req.end(body);
 } else {
-  const session = require('http2').connect('https://' + host, { createConnection: () => connect('h2') });
+  const session = require('http2').connect('https://' + host, { maxSessionMemory: 64, createConnection: () => connect('h2') });
   const req = session.request({ ':method': 'POST', ':path': path, ...headers });
   let status = 0, text = '';
   req.on('response', (h) => { status = h[':status']; });
