@@ -179,7 +179,7 @@ func (w *writer) say(g *segment.Grant, in part, kept []*statement) []*statement 
 			budget:     g.Budget,
 			in:         in,
 			operations: to.Operations,
-			resources:  c.known(to.Resources),
+			resources:  c.resources(g.Effect, to.Resources),
 		}
 		w.unused++
 		for _, from := range g.From {
@@ -270,9 +270,13 @@ func (c *compiler) count(s *statement, n int) {
 	}
 }
 
-// known spells patterns out where all resources are known, so that nothing is granted that no backend serves.
-func (c *compiler) known(patterns []segment.Pattern) []segment.Pattern {
+// resources spells patterns out where all resources are known, so that nothing is granted that no backend serves. A Deny
+// on anything is one on requests for everything too, which name nothing and may reach it.
+func (c *compiler) resources(effect segment.Effect, patterns []segment.Pattern) []segment.Pattern {
 	if c.models == nil {
+		if effect != segment.Allow {
+			patterns = append(slices.Clip(patterns), "")
+		}
 		return patterns
 	}
 	var names []segment.Pattern

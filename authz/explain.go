@@ -144,7 +144,7 @@ func closest(g *segment.Grant, r Request, served bool) []string {
 		if !isImplied(r.Operation) && !slices.Contains(to.Operations, r.Operation) {
 			misses = append(misses, fmt.Sprintf("is for %s, not for %s", list(to.Operations, func(o segment.Operation) string { return string(o) }), r.Operation))
 		}
-		switch covers := slices.ContainsFunc(to.Resources, func(p segment.Pattern) bool { return p.Matches(r.Resource) }); {
+		switch covers := slices.ContainsFunc(to.Resources, func(p segment.Pattern) bool { return g.Effect.Covers(p, r.Resource) }); {
 		case r.Operation == segment.Enter:
 		case covers && !served:
 			misses = append(misses, fmt.Sprintf("covers %s, but endpoint %s has no such model", r.Resource, r.Endpoint))

@@ -64,7 +64,7 @@ func (n naive) decide(r authz.Request) authz.Leaf {
 	for g := range n.about(r.Caller) {
 		for _, to := range g.To {
 			if to.Endpoint != r.Endpoint || !slices.Contains(to.Operations, r.Operation) ||
-				!slices.ContainsFunc(to.Resources, func(p segment.Pattern) bool { return p.Matches(r.Resource) }) {
+				!slices.ContainsFunc(to.Resources, func(p segment.Pattern) bool { return p.Matches(r.Resource) }) && (g.Effect != segment.Deny || r.Resource != "") {
 				continue
 			}
 			if g.Effect == segment.Deny {

@@ -229,6 +229,12 @@ const (
 	Deny  Effect = "Deny" // overrides every Allow, whatever the order
 )
 
+// Covers reports whether a grant of this effect on p speaks about the resource; "" is a request for everything. That may
+// reach whatever a Deny names, so each Deny speaks about it.
+func (e Effect) Covers(p Pattern, resource string) bool {
+	return p.Matches(resource) || e != Allow && resource == ""
+}
+
 // Mode says whether a grant is in force.
 type Mode string
 

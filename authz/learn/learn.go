@@ -80,7 +80,7 @@ func Concerns(name segment.GrantName, g *segment.Grant, j telemetry.Judged) bool
 	}
 	return slices.ContainsFunc(g.To, func(to segment.Target) bool {
 		return to.Endpoint == j.Endpoint && (isImplied(j.Operation) || slices.Contains(to.Operations, j.Operation)) &&
-			(j.Operation == segment.Enter || slices.ContainsFunc(to.Resources, func(p segment.Pattern) bool { return p.Matches(j.Resource) }))
+			(j.Operation == segment.Enter || slices.ContainsFunc(to.Resources, func(p segment.Pattern) bool { return g.Effect.Covers(p, j.Resource) }))
 	})
 }
 

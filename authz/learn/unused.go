@@ -147,7 +147,7 @@ func (u *usage) covering(j telemetry.Judged) func(yield func(*segment.Grant, cel
 						continue
 					}
 					for _, p := range t.to.Resources {
-						if (j.Operation == segment.Enter || p.Matches(j.Resource)) && !yield(t.grant, cell{caller, what{j.Endpoint, op, p}}) {
+						if (j.Operation == segment.Enter || t.grant.Effect.Covers(p, j.Resource)) && !yield(t.grant, cell{caller, what{j.Endpoint, op, p}}) {
 							return
 						}
 					}

@@ -133,6 +133,10 @@ func listed[T ~string](names []T, name func(string) string) string {
 		if i == maxNames {
 			return strings.Join(text, ", ") + fmt.Sprintf(" and %d more", len(names)-i)
 		}
+		if n == "" {
+			text = append(text, "requests for everything")
+			continue
+		}
 		text = append(text, name(string(n)))
 	}
 	return strings.Join(text, ", ")
