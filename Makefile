@@ -41,9 +41,14 @@ lint: ## Look for mistakes (.golangci.yaml)
 unit: parts clients ## Run the Go tests, under the race detector where there is a C compiler
 	go test $(race) ./...
 
+# Now and then go test fails a target because its time is over (go.dev/issue/75804). Then it names no input.
+only_late = { grep -qx '    context deadline exceeded' .parts/fuzz.log && ! grep -q 'Failing input written\|panic:' .parts/fuzz.log; }
+
 fuzz: parts ## Fuzz every target for FUZZTIME (10s), and the real Envoy with policies and bodies for as long
 	@grep -rEo --include='*_test.go' '^func Fuzz\w+' */ | while IFS=: read -r file target; do \
-		(set -x; go test ./$${file%/*} -run '^$$' -fuzz "^$${target#func }\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x) || exit; \
+		(set -x; go test ./$${file%/*} -run '^$$' -fuzz "^$${target#func }\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x; \
+			echo $$? >.parts/fuzz.status) 2>&1 | tee .parts/fuzz.log; \
+		[ "$$(cat .parts/fuzz.status)" = 0 ] || $(only_late) || exit 1; \
 	done
 	FUZZTIME=$(FUZZTIME) go test ./test/real -count 1 -timeout 0 -v -run '^(TestPolicies|TestBodiesAsDecodersReadThem)$$'
 
