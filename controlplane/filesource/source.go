@@ -47,6 +47,7 @@ func (s Source) Run(ctx context.Context, out chan<- v1alpha1.Snapshot) error {
 	var (
 		reader  reader
 		all     bool                     // read files also if they look as before
+		edited  bool                     // what was read is not what was handed out
 		newest  v1alpha1.Snapshot        // to be sent
 		send    chan<- v1alpha1.Snapshot // out, while there is one to be sent
 		noticed = time.Now()             // the first change that was not read yet; zero: there is none
@@ -82,13 +83,24 @@ func (s Source) Run(ctx context.Context, out chan<- v1alpha1.Snapshot) error {
 		case <-settled: // 4. nothing changed any more
 			settled = nil
 			watch.renew()
+			edited = reader.read(s.Path, watch.add, all) || edited
+			all = false
+			// A file that moves while files are read may be in neither place, and a Deny with it: what counts is what is found
+			// twice.
 			if reader.read(s.Path, watch.add, all) {
+				edited = true
+				if time.Since(noticed) < patience {
+					change()
+					continue
+				}
+			}
+			if edited {
 				if send != nil {
 					noticed = newest.Noticed // that one was never received
 				}
 				newest, send = v1alpha1.Snapshot{Files: reader.decode(), Noticed: noticed}, out
 			}
-			noticed, all = time.Time{}, false
+			noticed, edited = time.Time{}, false
 
 		case send <- newest: // 5. somebody wants to know
 			newest, send = v1alpha1.Snapshot{}, nil
