@@ -262,6 +262,35 @@ func TestFollowFile(t *testing.T) {
 	wait("grants!unreadable")
 }
 
+// A file that moves while others are read is in one place or the other.
+func TestMoveWhileRead(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for i := range 1000 {
+		write(t, "# nothing\n", dir, fmt.Sprintf("m%03d.yaml", i))
+	}
+	names := []string{"a.yaml", "z.yaml"}
+	write(t, workload("a"), dir, names[0])
+	snapshots := make(chan v1alpha1.Snapshot)
+	go func() { _ = Source{Path: dir, Log: slog.New(slog.DiscardHandler)}.Run(t.Context(), snapshots) }()
+	for i := range 15 {
+		write(t, fmt.Sprintln("#", i), dir, "m500.yaml") // which has all be read
+		time.Sleep(quiet + time.Duration(i)*time.Millisecond)
+		must(t, os.Rename(filepath.Join(dir, names[0]), filepath.Join(dir, names[1])))
+		slices.Reverse(names)
+		for still := time.After(2 * patience); still != nil; {
+			select {
+			case s := <-snapshots:
+				if got := summary(slices.Concat(s.Files...)); got != "a" {
+					t.Fatalf("move %d: got %.80q", i, got)
+				}
+			case <-still:
+				still = nil
+			}
+		}
+	}
+}
+
 // A writer who never stops must not keep the changes of others waiting.
 func TestRestlessWriter(t *testing.T) {
 	t.Parallel()
