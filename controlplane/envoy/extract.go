@@ -93,7 +93,8 @@ func extractor(e *segment.Endpoint) proto.Message {
 		}
 	}
 	if u := usageOf(e.Protocol); u.key != "" {
-		fmt.Fprintf(&script, "local USAGE, INPUTS, OUTPUTS = %s, {%s}, {%s}\n", luaQuoted(u.key), luaQuoted(u.inputs...), luaQuoted(u.outputs...))
+		fmt.Fprintf(&script, "local USAGE, INPUTS, OUTPUTS, MORE_INPUTS, MORE_OUTPUTS = %s, {%s}, {%s}, {%s}, {%s}\n", luaQuoted(u.key),
+			luaQuoted(u.inputs...), luaQuoted(u.outputs...), luaQuoted(u.moreInputs...), luaQuoted(u.moreOutputs...))
 		script.WriteString(usageScript)
 	}
 	return &luav3.Lua{DefaultSourceCode: inline(script.String())}

@@ -41,20 +41,24 @@ func genAIOperation(p segment.Protocol, r segment.Route) string {
 	return ""
 }
 
-// usage is how answers of a protocol tell what they used: the key of the object, and those of the numbers in it.
+// usage is how answers of a protocol tell what they used: the key of the object, and those of the numbers in it: of inputs
+// and outputs one is there, and moreInputs and moreOutputs are not in these.
 type usage struct {
-	key             string
-	inputs, outputs []string
+	key                     string
+	inputs, outputs         []string
+	moreInputs, moreOutputs []string
 }
 
 func usageOf(p segment.Protocol) usage {
+	cached := []string{"cache_read_input_tokens", "cache_creation_input_tokens"} // of Anthropic's messages, whoever serves them
 	switch p {
 	case segment.OpenAI:
-		return usage{"usage", []string{"prompt_tokens", "input_tokens"}, []string{"completion_tokens", "output_tokens"}}
+		return usage{"usage", []string{"prompt_tokens", "input_tokens"}, []string{"completion_tokens", "output_tokens"}, cached, nil}
 	case segment.Anthropic:
-		return usage{"usage", []string{"input_tokens"}, []string{"output_tokens"}}
+		return usage{"usage", []string{"input_tokens"}, []string{"output_tokens"}, cached, nil}
 	case segment.Gemini:
-		return usage{"usageMetadata", []string{"promptTokenCount"}, []string{"candidatesTokenCount"}}
+		return usage{"usageMetadata", []string{"promptTokenCount"}, []string{"candidatesTokenCount"},
+			[]string{"toolUsePromptTokenCount"}, []string{"thoughtsTokenCount"}}
 	}
 	return usage{}
 }

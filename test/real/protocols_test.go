@@ -435,12 +435,13 @@ func TestHTTPRows(t *testing.T) {
 func TestUsage(t *testing.T) {
 	t.Parallel()
 	answers := map[string]string{
-		"/v1/chat/completions":               `{"choices":[{"message":{"content":"\"usage\":{\"prompt_tokens\":99}"}}],"usage":{"prompt_tokens":11,"completion_tokens":7}}`,
-		"/v1/responses":                      "data: {\"response\":{\"usage\":null}}\n\ndata: {\"response\":{\"usage\":{\"input_tokens\":11,\"input_tokens_details\":{\"cached_tokens\":5},\"output_tokens\":7}}}\n\n",
+		"/v1/chat/completions": `{"choices":[{"message":{"content":"\"usage\":{\"prompt_tokens\":99}"}}],"usage":{"prompt_tokens":11,"completion_tokens":7}}`,
+		"/v1/responses": "data: {\"response\":{\"usage\":null}}\n\ndata: {\"response\":{\"tools\":[{\"default\":{\"usage\":{\"input_tokens\":0,\"output_tokens\":0}}}],\"usage\":" +
+			"{\"input_tokens\":11,\"input_tokens_details\":{\"cached_tokens\":5},\"output_tokens\":7},\"metadata\":{\"usage\":\"x\",\"input_tokens\":\"x\",\"output_tokens\":\"x\"}}}\n\n", // as the caller had said
 		"/v1/embeddings":                     `{"data":[],"usage":{"prompt_tokens":11,"total_tokens":11}}`,
-		"/v1/messages":                       "data: {\"message\":{\"usage\":{\"input_tokens\":11,\"cache_read_input_tokens\":3,\"output_tokens\":1}}}\n\n" + strings.Repeat("data: {}\n\n", 400) + "data: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":7}}\n\ndata: {}\n\n",
-		"/v1/models/m:generateContent":       `{"usageMetadata":{"promptTokenCount":11,"candidatesTokenCount":7,"totalTokenCount":18}}`,
-		"/v1/models/m:streamGenerateContent": "data: {\"usageMetadata\":{\"promptTokenCount\":11}}\n\ndata: {\"usageMetadata\":{\"promptTokenCount\":11,\"candidatesTokenCount\":7}}\n\n",
+		"/v1/messages":                       "data: {\"message\":{\"usage\":{\"input_tokens\":6,\"cache_creation_input_tokens\":2,\"cache_read_input_tokens\":3,\"output_tokens\":1}}}\n\n" + strings.Repeat("data: {}\n\n", 400) + "data: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":7}}\n\ndata: {}\n\n",
+		"/v1/models/m:generateContent":       `{"usageMetadata":{"promptTokenCount":9,"toolUsePromptTokenCount":2,"candidatesTokenCount":4,"thoughtsTokenCount":3,"totalTokenCount":18}}`,
+		"/v1/models/m:streamGenerateContent": "data: {\"usageMetadata\":{\"promptTokenCount\":11}}\n\ndata: {\"usageMetadata\":{\"promptTokenCount\":11,\"thoughtsTokenCount\":7}}\n\n",
 	}
 	p := startProtocols(t, "ai", "claude", "gemini")
 	for _, b := range p.servers {
