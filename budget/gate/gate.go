@@ -46,10 +46,10 @@ const (
 	rbacMetadata = "envoy.filters.http.rbac"
 	rbacRule     = "enforced_effective_policy_id"
 	ourMetadata  = "sallyport"
-	// Metadata is the namespace in which the gate itself leaves what it must find again.
-	Metadata = "envoy.filters.http.ext_authz"
-	// HoldKey is there if the request has taken tokens, and must be reported when it has ended.
-	HoldKey = "hold"
+	// ownMetadata is the namespace in which the gate itself leaves what it must find again.
+	ownMetadata = "envoy.filters.http.ext_authz"
+	// holdKey is there if the request has taken tokens, and must be reported when it has ended.
+	holdKey = "hold"
 )
 
 // Gate is made by New. All methods may be called at any time from anywhere.
@@ -112,7 +112,7 @@ func (g *Gate) Check(ctx context.Context, r *authv3.CheckRequest) (*authv3.Check
 		if err != nil {
 			return nil, fmt.Errorf("encode hold: %w", err) // and the request is denied
 		}
-		ok.DynamicMetadata = &structpb.Struct{Fields: map[string]*structpb.Value{HoldKey: structpb.NewStringValue(string(text))}}
+		ok.DynamicMetadata = &structpb.Struct{Fields: map[string]*structpb.Value{holdKey: structpb.NewStringValue(string(text))}}
 	}
 	return ok, nil
 }
@@ -252,7 +252,7 @@ func (g *Gate) StreamAccessLogs(stream alsv3.AccessLogService_StreamAccessLogsSe
 
 func (g *Gate) settle(ctx context.Context, e *accesslogv3.HTTPAccessLogEntry) {
 	said := e.GetCommonProperties().GetMetadata().GetFilterMetadata()
-	text := said[Metadata].GetFields()[HoldKey].GetStringValue()
+	text := said[ownMetadata].GetFields()[holdKey].GetStringValue()
 	if kind := e.GetCommonProperties().GetAccessLogType(); text == "" ||
 		kind != accesslogv3.AccessLogType_NotSet && kind != accesslogv3.AccessLogType_DownstreamEnd {
 		return

@@ -13,7 +13,6 @@ import (
 	"sync"
 	"time"
 
-	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	"github.com/spf13/pflag"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	collectorpb "go.opentelemetry.io/proto/otlp/collector/trace/v1"
@@ -231,7 +230,7 @@ func (p *plane) reports(s *grpc.Server) {
 	if p.forward != nil {
 		traces.Forward = p.forward
 	}
-	accesslogv3.RegisterAccessLogServiceServer(s, ingest.NewAccessLog(stamped{p.records, p.gateways}))
+	ingest.NewAccessLog(stamped{p.records, p.gateways}).Register(s)
 	collectorpb.RegisterTraceServiceServer(s, ingest.NewTraces(traces))
 }
 

@@ -11,7 +11,6 @@ import (
 	matchv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
-	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"sallyport.dev/authz"
 	"sallyport.dev/segment"
@@ -44,8 +43,8 @@ func budgeted() *extauthzv3.ExtAuthz {
 		Services:                       &extauthzv3.ExtAuthz_GrpcService{GrpcService: budget},
 		TransportApiVersion:            corev3.ApiVersion_V3,
 		StatusOnError:                  &typev3.HttpStatus{Code: typev3.StatusCode_ServiceUnavailable},
-		MetadataContextNamespaces:      []string{rbacMetadata, "sallyport"},
-		RouteMetadataContextNamespaces: []string{"sallyport"},
+		MetadataContextNamespaces:      []string{rbacMetadata, metadataSpace},
+		RouteMetadataContextNamespaces: []string{metadataSpace},
 		AllowedHeaders:                 &matchv3.ListStringMatcher{Patterns: []*matchv3.StringMatcher{exact("content-type")}}, // else all are sent
 		FilterEnabledMetadata: &matchv3.MetadataMatcher{
 			Filter: rbacMetadata,
@@ -62,14 +61,7 @@ func settlements() *accesslogv3.AccessLog {
 	common.GrpcService = grpcTo(BudgetCluster)
 	common.BufferFlushInterval = durationpb.New(50 * time.Millisecond)
 	log := accessLog("budget", &grpclogv3.HttpGrpcAccessLogConfig{CommonConfig: common})
-	log.Filter = &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{MetadataFilter: &accesslogv3.MetadataFilter{
-		Matcher: &matchv3.MetadataMatcher{
-			Filter: budgetMetadata,
-			Path:   []*matchv3.MetadataMatcher_PathSegment{{Segment: &matchv3.MetadataMatcher_PathSegment_Key{Key: "hold"}}},
-			Value:  &matchv3.ValueMatcher{MatchPattern: &matchv3.ValueMatcher_PresentMatch{PresentMatch: true}},
-		},
-		MatchIfKeyNotFound: wrapperspb.Bool(false),
-	}}}
+	log.Filter = whenFound(budgetMetadata, "hold")
 	return log
 }
 

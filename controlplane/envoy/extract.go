@@ -292,20 +292,23 @@ func addressesByID(p segment.Protocol) bool {
 	return slices.ContainsFunc(p.Routes(), func(r segment.Route) bool { return r.Resource == segment.PathID })
 }
 
+// metadataOf is what the scripts have left at a key.
+func metadataOf(key string) string { return "%DYNAMIC_METADATA(" + metadataSpace + ":" + key + ")%" }
+
 // judged takes over what extraction found.
 func judged(e *segment.Endpoint) []state {
 	states := []state{
-		{stateName, "%DYNAMIC_METADATA(sallyport:name)%"},
-		{stateResolved, "%DYNAMIC_METADATA(sallyport:resolved)%"},
+		{stateName, metadataOf("name")},
+		{stateResolved, metadataOf("resolved")},
 	}
 	if len(modelPools(e)) > 1 {
-		states = append(states, state{stateServed, "%DYNAMIC_METADATA(sallyport:name)%%DYNAMIC_METADATA(sallyport:named)%"})
+		states = append(states, state{stateServed, metadataOf("name") + metadataOf("named")})
 	}
 	if e.Tokens != nil {
-		states = append(states, state{stateCaller, "%DYNAMIC_METADATA(sallyport:caller)%"})
+		states = append(states, state{stateCaller, metadataOf("caller")})
 	}
 	if addressesByID(e.Protocol) {
-		states = append(states, state{stateID, "%DYNAMIC_METADATA(sallyport:id)%"})
+		states = append(states, state{stateID, metadataOf("id")})
 	}
 	return states
 }

@@ -3,16 +3,12 @@ package envoy
 import (
 	"strings"
 
-	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
-	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	luav3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/lua/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
-	matchv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/structpb"
-	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"sallyport.dev/segment"
 )
@@ -88,7 +84,7 @@ func rpcReply(told, id any) map[string]any {
 func (r *reply) rpcTold(e *segment.Endpoint) *hcmv3.ResponseMapper {
 	told := r.rpcError(r.said(e), requestID)
 	told["id"] = metadataOf(rpcID)
-	return inJSON(told, true, whenAll(r.when(), whenFound(rpcID)))
+	return inJSON(told, true, whenAll(r.when(), whenFound(metadataSpace, rpcID)))
 }
 
 // rpcUntold answers every other. An id that is null is left out with all that is missing, unless "-" stands for that: so it
@@ -100,7 +96,7 @@ func (r *reply) rpcUntold(e *segment.Endpoint) *hcmv3.ResponseMapper {
 
 // rpcRefusals are the answers whose error mcp.lua has written.
 func rpcRefusals() *hcmv3.ResponseMapper {
-	return inJSON(rpcReply(metadataOf(rpcRefused), metadataOf(rpcID)), false, whenFound(rpcRefused)) // missing is null
+	return inJSON(rpcReply(metadataOf(rpcRefused), metadataOf(rpcID)), false, whenFound(metadataSpace, rpcRefused)) // missing is null
 }
 
 // What mcp.lua leaves in dynamic metadata.
@@ -108,29 +104,6 @@ const (
 	rpcID      = "rpc_id"
 	rpcRefused = "rpc_error"
 )
-
-func metadataOf(key string) string { return "%DYNAMIC_METADATA(" + metadataSpace + ":" + key + ")%" }
-
-func inJSON(told map[string]any, omit bool, when *accesslogv3.AccessLogFilter) *hcmv3.ResponseMapper {
-	body, err := structpb.NewStruct(told)
-	if err != nil {
-		panic("encode reply: " + err.Error()) // constants only
-	}
-	return &hcmv3.ResponseMapper{Filter: when, BodyFormatOverride: &corev3.SubstitutionFormatString{
-		Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: body}, OmitEmptyValues: omit}}
-}
-
-// whenFound looks for something in dynamic metadata.
-func whenFound(key string) *accesslogv3.AccessLogFilter {
-	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{MetadataFilter: &accesslogv3.MetadataFilter{
-		Matcher: &matchv3.MetadataMatcher{
-			Filter: metadataSpace,
-			Path:   []*matchv3.MetadataMatcher_PathSegment{{Segment: &matchv3.MetadataMatcher_PathSegment_Key{Key: key}}},
-			Value:  &matchv3.ValueMatcher{MatchPattern: &matchv3.ValueMatcher_PresentMatch{PresentMatch: true}},
-		},
-		MatchIfKeyNotFound: wrapperspb.Bool(false),
-	}}}
-}
 
 // rpc demands that what is chosen by mcp-method goes on only if the script has seen that the body says the same.
 func (c *checker) rpc(x *routev3.Route, words []string, context *structpb.Struct) {

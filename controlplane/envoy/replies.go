@@ -10,6 +10,7 @@ import (
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	matchv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"sallyport.dev/segment"
 )
@@ -109,21 +110,14 @@ func localReplies(e *segment.Endpoint) *hcmv3.LocalReplyConfig {
 			config.Mappers = append(config.Mappers, r.rpcTold(e), r.rpcUntold(e))
 			continue
 		}
-		body, err := structpb.NewStruct(r.body(e.Protocol, r.said(e), requestID))
-		if err != nil {
-			panic("encode reply: " + err.Error()) // constants only
-		}
-		format := &corev3.SubstitutionFormatString{
-			Format:          &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: body},
-			OmitEmptyValues: true,
-		}
+		mapper := inJSON(r.body(e.Protocol, r.said(e), requestID), true, r.when())
+		format := mapper.BodyFormatOverride
 		if e.Protocol == segment.HTTP {
 			format.ContentType = "application/problem+json"
 		}
 		if r.status == 0 {
 			config.BodyFormat = format
 		}
-		mapper := &hcmv3.ResponseMapper{Filter: r.when(), BodyFormatOverride: format}
 		if e.Protocol == segment.Anthropic { // where its SDKs look for it
 			mapper.HeadersToAdd = []*corev3.HeaderValueOption{header("request-id", requestID)}
 		}
@@ -132,6 +126,16 @@ func localReplies(e *segment.Endpoint) *hcmv3.LocalReplyConfig {
 		}
 	}
 	return config
+}
+
+// inJSON answers with an object in which Envoy fills in what stands between percent signs.
+func inJSON(told map[string]any, omit bool, when *accesslogv3.AccessLogFilter) *hcmv3.ResponseMapper {
+	body, err := structpb.NewStruct(told)
+	if err != nil {
+		panic("encode reply: " + err.Error()) // constants only
+	}
+	return &hcmv3.ResponseMapper{Filter: when, BodyFormatOverride: &corev3.SubstitutionFormatString{
+		Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: body}, OmitEmptyValues: omit}}
 }
 
 // said is the message, about this endpoint's callers.
@@ -158,6 +162,18 @@ func whenGRPC() *accesslogv3.AccessLogFilter {
 	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_HeaderFilter{HeaderFilter: &accesslogv3.HeaderFilter{
 		Header: &routev3.HeaderMatcher{Name: "content-type", HeaderMatchSpecifier: &routev3.HeaderMatcher_StringMatch{
 			StringMatch: &matchv3.StringMatcher{MatchPattern: &matchv3.StringMatcher_Prefix{Prefix: "application/grpc"}}}},
+	}}}
+}
+
+// whenFound looks for something in dynamic metadata.
+func whenFound(space, key string) *accesslogv3.AccessLogFilter {
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{MetadataFilter: &accesslogv3.MetadataFilter{
+		Matcher: &matchv3.MetadataMatcher{
+			Filter: space,
+			Path:   []*matchv3.MetadataMatcher_PathSegment{{Segment: &matchv3.MetadataMatcher_PathSegment_Key{Key: key}}},
+			Value:  &matchv3.ValueMatcher{MatchPattern: &matchv3.ValueMatcher_PresentMatch{PresentMatch: true}},
+		},
+		MatchIfKeyNotFound: wrapperspb.Bool(false),
 	}}}
 }
 

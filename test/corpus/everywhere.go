@@ -2,7 +2,6 @@ package corpus
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -42,10 +41,10 @@ func places() []place {
 	}
 }
 
-// Everywhere are documents: an endpoint of each protocol, except of some, and one more where the database counts.
-func Everywhere(except ...segment.Protocol) []string {
+// everywhere are documents: an endpoint of each protocol, and one more where the database counts.
+func everywhere() []string {
 	var docs []string
-	for i, p := range without(except) {
+	for i, p := range places() {
 		grpc := ""
 		if p.protocol == segment.Qdrant || p.protocol == segment.Weaviate {
 			grpc = fmt.Sprintf(", grpcAddresses: ['127.0.0.1:%d']", 8001+i)
@@ -54,10 +53,6 @@ func Everywhere(except ...segment.Protocol) []string {
 			"Endpoint", p.name, p.name, p.protocol, 8001+i, grpc, p.more))
 	}
 	return docs
-}
-
-func without(except []segment.Protocol) []place {
-	return slices.DeleteFunc(places(), func(p place) bool { return slices.Contains(except, p.protocol) })
 }
 
 // grantAt is a random grant on some of what a place has. A Deny leaves callers alone that no random grant names: a test may
@@ -89,10 +84,10 @@ func grantAt(name string, at place) *rapid.Generator[string] {
 
 // Generated is a case made of a number: random grants on an endpoint of each protocol, and at each of them some requests for
 // each operation, with what the policy decides about them. The same number makes the same case.
-func Generated(seed int, except ...segment.Protocol) (Case, error) {
-	all := without(except)
+func Generated(seed int) (Case, error) {
+	all := places()
 	c := rapid.Custom(func(t *rapid.T) Case {
-		docs := Everywhere(except...)
+		docs := everywhere()
 		for _, p := range all {
 			for i := range rapid.IntRange(1, 9).Draw(t, "grants") {
 				docs = append(docs, grantAt(fmt.Sprintf("%s-%d", p.name, i), p).Draw(t, "grant"))

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
-	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os/exec"
@@ -27,15 +26,7 @@ const (
 
 // mcpDocuments are an endpoint of this name, the rights of /app at it, and all rights of /root.
 func mcpDocuments(name, address string) string {
-	return fmt.Sprintf(`---
-apiVersion: sallyport.dev/v1alpha1
-kind: Endpoint
-metadata: {name: %[1]s}
-spec:
-  hostnames: [%[2]s]
-  protocol: MCP
-  backends: [{name: local, addresses: ['%[3]s'], tls: {mode: None}}]
-`, name, hostOf(name), address) +
+	return endpoint(name, "MCP", address) +
 		grant(name+"-app", "/app", name, "Call, Read", mcpGrants) + grant(name+"-root", "/root", name, "Call, Read", "'*'")
 }
 
